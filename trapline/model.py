@@ -1,0 +1,372 @@
+"""The resources and the values they are made of: what the API shows, what the agent is asked for, what it reports.
+
+All are pydantic models; unknown fields are refused in requests and ignored from newer peers. Times are aware UTC.
+Names follow docs/architecture: a *probe* is the user's resource, a *target* is one (process, module, address) of it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=False, use_attribute_docstrings=True)
+
+
+# --- probes, as asked -----------------------------------------------------------------------------------------------
+
+
+class ProbeKind(StrEnum):
+    ENTRY = "u"
+    RETURN = "ur"
+    USDT = "usdt"
+
+
+class PointKind(StrEnum):
+    SYMBOL = "symbol"
+    GLOB = "glob"
+    REGEX = "regex"
+    OFFSET = "offset"
+    LINE = "line"
+    TEXT = "text"
+
+
+class Point(Model):
+    """Where in the object: ``symbol[+offset]``, a glob or regex over symbols, a file offset, ``file:line``, quoted text."""
+
+    kind: PointKind
+    value: str = ""
+    """The symbol, pattern, file name or text; empty for a bare file offset."""
+    offset: int = Field(default=0, ge=0)
+    """Bytes from the symbol's start, the file offset itself for ``OFFSET``, or the line number for ``LINE``."""
+
+
+class CaptureKind(StrEnum):
+    WORD = "word"
+    """An unsigned 64-bit word."""
+    STRING = "string"
+    """Bytes up to the first NUL, at most ``max_bytes``."""
+
+
+class Capture(Model):
+    """One value that is fetched at the trap: a register or argument word, or the string it points to."""
+
+    text: str
+    """The expression as canonical text: ``arg0``, ``reg.rdi``, ``str(arg1, 64)``."""
+    name: str
+    """The column's name: ``size=arg0`` gives ``size``; by default the expression's text."""
+    kind: CaptureKind = CaptureKind.WORD
+    operand: str
+    """``arg0`` to ``arg5``, or ``reg.NAME``."""
+    max_bytes: Annotated[int, Field(ge=1, le=4096)] = 64
+
+
+class ProbeSpec(Model):
+    """A probe text taken apart (see ``trapline.spec`` for the grammar). ``text`` is canonical; the rest follows from it."""
+
+    text: str
+    name: str = ""
+    kind: ProbeKind = ProbeKind.ENTRY
+    object: str
+    """An absolute path, a basename or soname, ``buildid=HEX``, or ``*``."""
+    point: Point
+    where: dict[str, str] = Field(default_factory=dict)
+    """Selector: keys ``pid tree comm exe uid container cgroup host label``, values as patterns; all must match.
+    ``tree`` is a pid and stands for that process and its descendants."""
+    condition: str = ""
+    captures: list[Capture] = Field(default_factory=list)
+    aggregate: str = ""
+
+
+class ProbeLimits(Model):
+    max_hits: Annotated[int, Field(ge=1)] | None = None
+    """After so many hits the probe is completed and taken out."""
+
+
+class DesiredProbe(Model):
+    """What the service wants of an agent."""
+
+    id: str
+    generation: int = 1
+    spec: ProbeSpec
+    limits: ProbeLimits = Field(default_factory=ProbeLimits)
+
+
+# --- probes, as observed --------------------------------------------------------------------------------------------
+
+
+class Phase(StrEnum):
+    PENDING = "Pending"
+    RESOLVING = "Resolving"
+    ARMED = "Armed"
+    PARTIAL = "Partial"
+    NO_TARGETS = "NoTargets"
+    COMPLETED = "Completed"
+    EXPIRED = "Expired"
+    ERROR = "Error"
+    DELETING = "Deleting"
+
+
+class TargetState(StrEnum):
+    ARMED = "armed"
+    REFUSED = "refused"
+    """It cannot be done correctly there; ``reason`` and ``message`` say why."""
+    GONE = "gone"
+
+
+class Cause(StrEnum):
+    """What found the mapping."""
+
+    SCAN = "scan"
+    MMAP = "mmap"
+    FORK = "fork"
+    EXEC = "exec"
+    RECONCILE = "reconcile"
+
+
+class Target(Model):
+    """One (process, module, address) of a probe."""
+
+    host: str = ""
+    pid: int
+    start_time: int = 0
+    """Clock ticks after boot, proc_pid_stat(5) field 22: with the boot id it names the process for ever."""
+    comm: str = ""
+    module: str = ""
+    symbol: str = ""
+    offset: int = 0
+    """File offset of the instruction in the module."""
+    addr: int = 0
+    """Virtual address in that process; 0 where it was refused."""
+    state: TargetState
+    engine: str = ""
+    cause: Cause = Cause.SCAN
+    since: datetime | None = None
+    may_have_missed: bool = False
+    """True where calls may have run between the mapping and the arming."""
+    reason: str = ""
+    message: str = ""
+
+
+class Counters(Model):
+    hits: int = 0
+    filtered: int = 0
+    limited: int = 0
+    dropped: int = 0
+    """hits = delivered + dropped, always (semantics H1)."""
+
+
+class Condition(Model):
+    type: str
+    status: Literal["True", "False", "Unknown"] = "True"
+    reason: str = ""
+    message: str = ""
+    host: str = ""
+    at: datetime | None = None
+
+
+class Coverage(Model):
+    eligible: int = 0
+    armed: int = 0
+
+
+class ProbeStatus(Model):
+    observed_generation: int = 0
+    phase: Phase = Phase.PENDING
+    coverage: Coverage = Field(default_factory=Coverage)
+    counters: Counters = Field(default_factory=Counters)
+    dropped_by_reason: dict[str, int] = Field(default_factory=dict)
+    overhead_ns: float | None = None
+    """Median time that the engine itself held a thread, per hit, in ns; None before the first hit."""
+    conditions: list[Condition] = Field(default_factory=list)
+
+
+class Probe(Model):
+    id: str
+    name: str
+    created_at: datetime
+    created_by: str = ""
+    expires_at: datetime | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    generation: int = 1
+    spec: ProbeSpec
+    limits: ProbeLimits = Field(default_factory=ProbeLimits)
+    status: ProbeStatus = Field(default_factory=ProbeStatus)
+
+
+class ProbeCreate(Model):
+    """Body of ``POST /probes`` and ``POST /probes:resolve``."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    probe: Annotated[str, Field(min_length=1, max_length=4096)]
+    """The probe text, such as ``redis-server:processCommand {arg0}``."""
+    name: Annotated[str, Field(max_length=128)] = ""
+    ttl_s: Annotated[int, Field(ge=1, le=30 * 86400)] | None = 3600
+    """Seconds until it expires; null keeps it until it is deleted."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    limits: ProbeLimits = Field(default_factory=ProbeLimits)
+
+
+class ResolvedSite(Model):
+    """One instruction that a probe would be put on, in one file."""
+
+    module: str
+    build_id: str = ""
+    symbol: str = ""
+    symbol_offset: int = 0
+    offset: int
+    instruction: str = ""
+    step: str = ""
+    """How the displaced instruction runs: ``emulated`` or ``boosted``."""
+    refused: dict[str, Any] | None = None
+    """An error's wire form where the site cannot be probed."""
+
+
+class HostResolution(Model):
+    """What a probe means on one host, before anything is armed."""
+
+    host: str
+    sites: list[ResolvedSite] = Field(default_factory=list)
+    targets: list[Target] = Field(default_factory=list)
+    """Processes that map one of the modules now; state ``refused`` with the reason where it could not be armed."""
+    error: dict[str, Any] | None = None
+
+
+class Resolution(Model):
+    spec: ProbeSpec
+    hosts: list[HostResolution] = Field(default_factory=list)
+
+
+# --- hosts and what runs there ---------------------------------------------------------------------------------------
+
+
+class EngineInfo(Model):
+    name: str
+    available: bool
+    reason: str = ""
+    """Why it is not available, or what it cannot do here."""
+    features: list[str] = Field(default_factory=list)
+
+
+class HookInfo(Model):
+    """One way to learn of later mappings, and whether it works on this host (it was tried)."""
+
+    name: str
+    available: bool
+    reason: str = ""
+
+
+class HostFacts(Model):
+    """What an agent says of its host."""
+
+    name: str
+    boot_id: str
+    kernel: str = ""
+    arch: str = ""
+    os: str = ""
+    cpus: int = 0
+    agent_version: str = ""
+    agent_user: str = ""
+    engines: list[EngineInfo] = Field(default_factory=list)
+    hooks: list[HookInfo] = Field(default_factory=list)
+
+
+class Host(Model):
+    id: str
+    online: bool
+    facts: HostFacts
+    process_count: int = 0
+    connected_at: datetime | None = None
+    last_seen: datetime | None = None
+
+
+class Process(Model):
+    id: str
+    """Host, boot id, pid and start time, joined; opaque."""
+    host: str
+    pid: int
+    start_time: int
+    ppid: int = 0
+    comm: str = ""
+    exe: str = ""
+    cmdline: str = ""
+    uid: int = 0
+    user: str = ""
+    threads: int = 1
+    container: str = ""
+    eligible: bool = True
+    reason: str = ""
+    """Why it is not eligible: ``self``, ``kernel-thread``, ``permission``, ``traced-by-other``."""
+
+
+class Module(Model):
+    """A file that is mapped executable by some process of a host."""
+
+    path: str
+    build_id: str = ""
+    dev: str = ""
+    """``major:minor`` in hex, as in /proc/PID/maps."""
+    inode: int = 0
+    processes: int = 0
+
+
+class Symbol(Model):
+    name: str
+    module: str
+    build_id: str = ""
+    offset: int
+    """File offset of its first instruction."""
+    size: int = 0
+    bind: str = ""
+    """``global``, ``weak`` or ``local``."""
+
+
+class SymbolPage(Model):
+    """Answer to a symbol search: best matches first."""
+
+    host: str
+    module: str = ""
+    total: int = 0
+    symbols: list[Symbol] = Field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+
+# --- hits, as people see them ----------------------------------------------------------------------------------------
+
+
+class Hit(Model):
+    """One hit as JSON. ``ts_ns`` is a string since 64-bit nanoseconds exceed what JavaScript's numbers hold."""
+
+    probe: str
+    host: str
+    seq: int
+    ts: datetime
+    ts_ns: str
+    pid: int
+    tid: int
+    comm: str = ""
+    site: str = ""
+    args: dict[str, int | str | None] = Field(default_factory=dict)
+    """Captured values by name; None where ``status`` has the name. 64-bit words beyond 2**53 are decimal strings."""
+    status: dict[str, str] = Field(default_factory=dict)
+    """For values that are not ok: ``truncated``, ``null``, ``fault``, ..."""
+
+
+class Problem(Model):
+    """RFC 9457, application/problem+json."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str = ""
+    code: str = ""
+    reason: str = ""
+    hint: str = ""
+    suggestions: list[str] = Field(default_factory=list)
+    caret: str = ""
+    errors: list[dict[str, Any]] = Field(default_factory=list)

@@ -1,0 +1,1 @@
+"""What crosses a wire: control messages (``messages``), hit batches (``hits``), the people's stream (``stream``)."""
