@@ -1,0 +1,262 @@
+"""What agent and tracer say to each other over their Unix socket.
+
+A frame is u32 little-endian length, u8 kind, payload: kind 0 is a control message (msgpack of the structs below, tagged by
+``t``), kind 1 a hit batch as ``trapline.protocol.hits`` encodes it. Both ends are of the same release: there is no version
+negotiation beyond ``Ready.protocol``, which must be equal.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from trapline.errors import ProtocolError
+
+PROTOCOL = 1
+FRAME = struct.Struct("<IB")
+CONTROL, HITS = 0, 1
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+
+
+class Message(msgspec.Struct, tag_field="t", omit_defaults=True, kw_only=True):
+    pass
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+class FileKey(msgspec.Struct, frozen=True, order=True):
+    """A file's identity as /proc/PID/maps prints it (on btrfs and overlayfs that differs from stat(2))."""
+
+    dev: str
+    """``major:minor`` in hex, as printed there: ``fd:01``."""
+    inode: int
+
+
+class SitePlan(msgspec.Struct, frozen=True):
+    """One instruction of one file, ready to be armed: nothing is left for the tracer to parse."""
+
+    site: int
+    """Index into the probe's ``sites``."""
+    file: FileKey
+    path: str
+    """Where the agent found the file, for messages and to hold the inode (semantics R9)."""
+    offset: int
+    """File offset of the instruction."""
+    code: bytes
+    """The file's bytes from ``offset`` on: 15, or fewer at the segment's end. Never read from memory (semantics R14)."""
+    slack_offset: int = 0
+    """File offset of unused zero bytes behind the executable segment, mapped with its last page; slots go there."""
+    slack_len: int = 0
+
+
+class FetchPlan(msgspec.Struct, frozen=True):
+    """One captured value: a register, or the NUL-terminated string it points to."""
+
+    name: str
+    register: str
+    string: bool = False
+    max_bytes: int = 64
+
+
+# --- agent to tracer -------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """First frame. The lease starts: without ``Renew`` or another message for ``lease_s``, all sites are taken out."""
+
+    agent_pid: int
+    host: str
+    lease_s: float = 30.0
+    self_pids: list[int] = []
+    """Processes that are never eligible: the agent, a service on this host (semantics P11)."""
+
+
+class Renew(Message, tag="renew"):
+    pass
+
+
+class Register(Message, tag="register"):
+    """Whole plan of a probe; sent again with more sites when more files are found (sites keep their numbers)."""
+
+    id: int
+    probe: str
+    generation: int
+    sites: list[str]
+    """Labels: ``libc.so.6:malloc``."""
+    plans: list[SitePlan]
+    fetches: list[FetchPlan] = []
+    where: dict[str, str] = {}
+    """pid tree comm exe uid: all must match (shell patterns for comm and exe)."""
+    max_hits: int = 0
+
+
+class Unregister(Message, tag="unregister"):
+    """Replied to when no byte of it is left and no handler will run."""
+
+    id: int
+    probe: str
+
+
+class Launch(Message, tag="launch"):
+    """Starts a command as the tracer's child, held before its first instruction until ``Release``; replied to with its pid.
+
+    It inherits the tracer's standard streams; it dies with the tracer.
+    """
+
+    id: int
+    argv: list[str]
+    env: dict[str, str] = {}
+    cwd: str = "/"
+    output: str = "inherit"
+    """``inherit`` or ``null``, for its standard output and error."""
+
+
+class Release(Message, tag="release"):
+    id: int
+    pid: int
+
+
+class Signal(Message, tag="signal"):
+    """Sends a signal to a launched command."""
+
+    id: int
+    pid: int
+    signal: int
+
+
+class Shutdown(Message, tag="shutdown"):
+    """Take everything out, end launched commands with SIGTERM, reply, exit."""
+
+    id: int
+
+
+# --- tracer to agent -------------------------------------------------------------------------------------------------
+
+
+class Ready(Message, tag="ready"):
+    """First frame, after ``Hello``."""
+
+    protocol: int
+    pid: int
+    source: str
+    """Names this tracer process; hit sequences count within it."""
+    engine: str
+    available: bool
+    reason: str = ""
+    hooks: list[tuple[str, bool, str]] = []
+    """(name, works here, why not)."""
+    probes: list[str] = []
+    """What is armed already, when an agent comes back within the lease."""
+
+
+class Done(Message, tag="done"):
+    """Reply to the request ``id``."""
+
+    id: int
+    pid: int = 0
+    error: dict[str, Any] | None = None
+
+
+class TargetState(msgspec.Struct, kw_only=True, omit_defaults=True):
+    pid: int
+    start_time: int
+    comm: str
+    site: int
+    path: str
+    offset: int
+    addr: int = 0
+    state: str
+    """armed, refused, gone."""
+    cause: str = "scan"
+    since_ns: int = 0
+    """CLOCK_REALTIME."""
+    may_have_missed: bool = False
+    reason: str = ""
+    message: str = ""
+
+
+class Targets(Message, tag="targets"):
+    """Targets of a probe that are new or changed; the key is (pid, start_time, site, addr)."""
+
+    probe: str
+    targets: list[TargetState]
+
+
+class Stats(Message, tag="stats"):
+    """Counters of a probe, whole, at most once a second and at its end."""
+
+    probe: str
+    hits: int
+    filtered: int = 0
+    limited: int = 0
+    drops: dict[str, int] = {}
+    overhead_ns: float = 0.0
+
+
+class Completed(Message, tag="completed"):
+    """The probe reached its limit and is out."""
+
+    probe: str
+
+
+class Mapped(Message, tag="mapped"):
+    """A process mapped a file executable whose basename a probe names, but no plan knows this file."""
+
+    pid: int
+    path: str
+    file: FileKey
+
+
+class Exited(Message, tag="exited"):
+    """A launched command ended; ``status`` as os.waitstatus_to_exitcode gives it."""
+
+    pid: int
+    status: int
+
+
+class LeaseEnded(Message, tag="lease-ended"):
+    """Everything was taken out since the agent had not been heard of."""
+
+
+class Watch(Message, tag="watch"):
+    """Agent to tracer: basenames whose mappings it wants to hear of in ``Mapped``; replaces the former set."""
+
+    names: list[str]
+
+
+ToTracer = Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
+ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
+
+_encoder = msgspec.msgpack.Encoder()
+_to_tracer = msgspec.msgpack.Decoder(ToTracer)
+_to_agent = msgspec.msgpack.Decoder(ToAgent)
+
+
+def frame(message: Message) -> bytes:
+    """Returns the control frame of a message."""
+    payload = _encoder.encode(message)
+    return FRAME.pack(len(payload), CONTROL) + payload
+
+
+def hits_frame(batch: bytes) -> bytes:
+    """Returns the frame of an encoded hit batch."""
+    return FRAME.pack(len(batch), HITS) + batch
+
+
+def parse_to_tracer(payload: bytes) -> ToTracer:
+    """Raises ProtocolError where the payload is not a message to the tracer."""
+    try:
+        return _to_tracer.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
+        raise ProtocolError(f"malformed message to the tracer: {e}") from e
+
+
+def parse_to_agent(payload: bytes) -> ToAgent:
+    """Raises ProtocolError where the payload is not a message to the agent."""
+    try:
+        return _to_agent.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
+        raise ProtocolError(f"malformed message from the tracer: {e}") from e
