@@ -210,6 +210,8 @@ class ProbeCreate(Model):
     """Seconds until it expires; null keeps it until it is deleted."""
     labels: dict[str, str] = Field(default_factory=dict)
     limits: ProbeLimits = Field(default_factory=ProbeLimits)
+    allow_offline: bool = False
+    """True: accept it though no host that it asks for is online; it is armed when one comes."""
 
 
 class ResolvedSite(Model):
