@@ -1,0 +1,1 @@
+"""What depends on the processor: nothing above this folder names a register."""

@@ -1,0 +1,25 @@
+"""The general registers, in the order of ``struct user_regs_struct`` (sys/user.h), and the ABI's use of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+REGISTERS: Final = (
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
+"""Word i of what PTRACE_GETREGS fills is the register ``REGISTERS[i]``."""
+
+ARGUMENT_REGISTERS: Final = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
+"""Integer arguments 0 to 5 (System V ABI, AMD64 supplement, 3.2.3)."""
+
+INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
+RIP: Final = INDEX["rip"]
+RSP: Final = INDEX["rsp"]
+EFLAGS: Final = INDEX["eflags"]
+USER_CS_64: Final = 0x33
+"""Code segment of 64-bit user code on Linux (arch/x86/include/asm/segment.h, __USER_CS)."""
+
+BREAKPOINT: Final = b"\xcc"
+"""int3: one byte, so that it can be written into running code (Intel SDM 3A, 8.1.3)."""
+MAX_INSTRUCTION_BYTES: Final = 15
