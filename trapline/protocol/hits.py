@@ -13,8 +13,8 @@ strings, sites and process names are tables in its own header, so it can be stor
 who came late (docs/adr/0003 says why they are not interned per connection).
 
 Fixed columns: ``ts`` u64 (CLOCK_MONOTONIC ns of the host), ``pid`` u32, ``tid`` u32, ``site`` u32 (index into
-``sites``). Then per captured value a column by its name, u64 words or u32 indices into ``strings``, and a u8 column
-``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of (probe, source).
+``sites``). Then for each captured value a column by its name, u64 words or u32 indices into ``strings``, and after all of
+them for each a u8 column ``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of (probe, source).
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def decode(frame: bytes | memoryview) -> HitBatch:
 def schema(captures: Sequence[tuple[str, bool]]) -> list[Column]:
     """Returns the columns of a probe that captures these (name, is_string) values."""
     columns = [Column(n, t) for n, t in FIXED]
-    for name, is_string in captures:
-        columns += (Column(name, "str" if is_string else "u64"), Column(name + STATUS_SUFFIX, "u8"))
+    columns += [Column(name, "str" if is_string else "u64") for name, is_string in captures]
+    columns += [Column(name + STATUS_SUFFIX, "u8") for name, _ in captures]
     return columns
 
 

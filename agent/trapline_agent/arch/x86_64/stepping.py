@@ -213,6 +213,7 @@ def _format(insn: Instruction) -> str:
     formatter.hex_prefix = "0x"
     formatter.hex_suffix = ""
     formatter.space_after_operand_separator = True
+    formatter.branch_leading_zeros = False
     return str(formatter.format(insn))
 
 

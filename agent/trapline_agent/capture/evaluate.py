@@ -1,0 +1,91 @@
+"""Turns fetched words and memory into values, at the trap: the tracer's half of a capture.
+
+Nothing here can fail: a pointer that is null or leads nowhere is a value with that status.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
+from trapline.protocol.hits import ValueStatus
+from trapline_agent.arch.x86_64.registers import INDEX
+from trapline_agent.tracer.messages import FetchPlan
+
+_USER_TOP = 0x7FFF_FFFF_F000
+"""End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""
+
+
+class Evaluator:
+    """The fetches of one probe, compiled. Values come in the order of ``trapline.protocol.hits.schema``: all words, then
+    all statuses."""
+
+    def __init__(self, fetches: Sequence[FetchPlan]) -> None:
+        self._fetches = [(INDEX[f.register], f.string, f.max_bytes) for f in fetches]
+        self.has_strings = any(f.string for f in fetches)
+        self.words = self._compile_words()
+
+    def _compile_words(self) -> Callable[[Sequence[int]], tuple[int, ...]]:
+        indices = [i for i, _, _ in self._fetches]
+        if not indices:
+            return lambda words: ()
+        zeros = (0,) * len(indices)
+        if len(indices) == 1:
+            (only,) = indices
+            return lambda words: (words[only], 0)
+        get: Callable[[Sequence[int]], tuple[int, ...]] = itemgetter(*indices)
+        return lambda words: get(words) + zeros
+
+    def __call__(
+        self, words: Sequence[int], memory: int, interned: dict[bytes, int], strings: list[bytes]
+    ) -> list[int]:
+        """Fetches.
+
+        Args:
+            words: the thread's registers.
+            memory: descriptor of /proc/PID/mem.
+            interned: indices of the strings that this chunk has already; added to.
+            strings: those strings; appended to.
+
+        Returns:
+            A word or string index for each fetch, then a status for each.
+        """
+        values: list[int] = []
+        statuses: list[int] = []
+        for register, is_string, limit in self._fetches:
+            word = words[register]
+            if not is_string:
+                values.append(word)
+                statuses.append(ValueStatus.OK)
+                continue
+            text, status = read_string(memory, word, limit)
+            index = interned.get(text)
+            if index is None:
+                index = interned[text] = len(strings)
+                strings.append(text)
+            values.append(index)
+            statuses.append(status)
+        return values + statuses
+
+
+def read_string(memory: int, address: int, limit: int) -> tuple[bytes, ValueStatus]:
+    """Reads bytes up to the first NUL, at most ``limit``.
+
+    A string that ends at a page's last byte is read though the next page is unmapped: pread of /proc/PID/mem gives what it
+    got before the fault (fs/proc/base.c, mem_rw).
+    """
+    if address == 0:
+        return b"", ValueStatus.NULL
+    if address >= _USER_TOP:
+        return b"", ValueStatus.FAULT
+    try:
+        data = os.pread(memory, limit, address)
+    except OSError:
+        return b"", ValueStatus.FAULT
+    if not data:
+        return b"", ValueStatus.FAULT
+    end = data.find(b"\0")
+    if end >= 0:
+        return data[:end], ValueStatus.OK
+    return data, ValueStatus.TRUNCATED

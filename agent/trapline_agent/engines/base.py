@@ -1,0 +1,121 @@
+"""The protocol between the uprobe table and an engine.
+
+The protocol is level-triggered. The table (an ``Observer``) answers one question, *what is wanted in this process now*, and
+an engine has one verb, ``reconcile``: bring the process to that state. Register, unregister, a new mapping, a fork, an exec
+and a retry are all the same call, so that each is idempotent and a lost or doubled event is harmless.
+
+An engine that traps (ptrace) calls a site's sinks at each hit. One that fills rings elsewhere (kernel uprobes, in-process
+trampolines) keeps the sinks' ``HitRing`` and extends it in bulk when it drains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from trapline_agent.tracer.messages import SitePlan
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do on this host; found out by trying."""
+
+    name: str
+    available: bool
+    reason: str = ""
+    """Why not, or what is restricted."""
+
+
+class ProcessId(NamedTuple):
+    """A process, for as long as the host is up."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot (proc_pid_stat(5), field 22)."""
+
+
+class Sink(Protocol):
+    """Records one hit for one consumer. Called by the thread that serves the trap, in the traced thread's stop."""
+
+    def __call__(self, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, /) -> None:
+        """
+        Args:
+            ts: CLOCK_MONOTONIC ns.
+            pid: the process.
+            tid: the thread.
+            words: its registers (``arch`` order).
+            memory: descriptor of its /proc/PID/mem; reads at an unmapped address raise OSError.
+        """
+
+
+@dataclass(frozen=True)
+class SiteRequest:
+    """One instruction that is wanted in one process."""
+
+    addr: int
+    plan: SitePlan
+    sinks: tuple[Sink, ...] = ()
+    is_hook: bool = False
+    """The engine's own look-out (the loader's ``_dl_debug_state``): each hit there reconciles the process."""
+    slack_addr: int = 0
+    """Where the plan's slack is mapped executable in this process; 0 where it is not."""
+    refusal: tuple[str, str] | None = None
+    """(reason, message) where this mapping may not be armed: writable or shared."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Answer of the table about one process."""
+
+    sites: list[SiteRequest] = field(default_factory=list)
+    keep: bool = False
+    """True: go on following it though nothing is wanted yet (it was chosen by name, or is held)."""
+    still_mapped: Callable[[int, SitePlan], bool] = lambda addr, plan: True
+    """Whether the plan's instruction is (still) mapped at an address, by the same snapshot of the mappings."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site of one process."""
+
+    addr: int
+    plan: SitePlan
+    state: str
+    """``armed``, ``refused`` or ``gone``."""
+    reason: str = ""
+    message: str = ""
+
+
+class Observer(Protocol):
+    """What an engine asks and tells the table. Called from any of the engine's threads; must not call the engine back."""
+
+    def wanted(self, process: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
+        """Says what is wanted in a process, by its mappings now. ``parent`` is given at a fork. Raises ProcessLookupError
+        when it is gone."""
+
+    def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
+        """Takes what changed in a process."""
+
+    def exited(self, process: ProcessId, status: int | None) -> None:
+        """A process that was followed ended (wait status where known) or was let go (None)."""
+
+
+class Engine(Protocol):
+    """Arms and disarms sites. Methods may be called from any thread but the engine's own."""
+
+    def capabilities(self) -> Capabilities:
+        """What it can do here."""
+
+    def reconcile(self, process: ProcessId, cause: str) -> None:
+        """Brings a process to what the observer wants there; returns when that is done and reported.
+
+        Idempotent. After it returned, no handler of a sink that is no longer wanted runs in that process. A process that is
+        gone is no error.
+        """
+
+    def processes(self) -> list[ProcessId]:
+        """Processes that it follows now."""
+
+    def close(self) -> None:
+        """Takes everything out of every process and lets them go."""

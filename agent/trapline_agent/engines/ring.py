@@ -1,0 +1,168 @@
+"""The ring of one consumer: hits as fixed-size rows, bounded, drained into batches.
+
+Rows are written at the trap with one ``struct.pack_into`` and turned into columns once, when they are drained. Chunks are
+contiguous in sequence; when all are full the oldest is let go whole and counted (docs: pipeline rule 3), so that
+hits = delivered + dropped at all times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from trapline.protocol.hits import Header, HitBatch, row_dtype, row_format, schema
+from trapline_agent.capture.evaluate import Evaluator
+from trapline_agent.tracer.messages import FetchPlan
+
+ROWS = 2048
+"""Rows of a chunk: an agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""
+CHUNKS = 64
+"""Full chunks that wait to be drained: 131,072 hits."""
+OVERHEAD_SAMPLES = 256
+
+
+class _Chunk:
+    __slots__ = ("buffer", "count", "interned", "seq", "strings")
+
+    def __init__(self, seq: int, row_bytes: int) -> None:
+        self.seq = seq
+        self.count = 0
+        self.buffer = bytearray(ROWS * row_bytes)
+        self.strings: list[bytes] = []
+        self.interned: dict[bytes, int] = {}
+
+
+class HitRing:
+    """Where the hits of one probe wait. Sinks write from any thread; one thread drains."""
+
+    def __init__(
+        self,
+        fetches: Sequence[FetchPlan] = (),
+        *,
+        max_hits: int = 0,
+        on_data: Callable[[], None] = lambda: None,
+        on_limit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            fetches: what each hit captures.
+            max_hits: hits to record; further ones are counted as limited. 0: all.
+            on_data: called when a row is written to an empty ring, by the writing thread.
+            on_limit: called once when ``max_hits`` is reached, likewise.
+        """
+        self.columns = schema([(f.name, f.string) for f in fetches])
+        self._dtype = row_dtype(self.columns)
+        self._row = struct.Struct(row_format(self.columns))
+        self._evaluate = Evaluator(fetches)
+        self._max = max_hits
+        self._on_data = on_data
+        self._on_limit = on_limit
+        self._lock = threading.Lock()
+        self._full: deque[_Chunk] = deque()
+        self._chunk = _Chunk(0, self._row.size)
+        self._dropped_since = 0
+        self.hits = 0
+        self.limited = 0
+        self.dropped = 0
+        self.overhead_ns: deque[int] = deque(maxlen=OVERHEAD_SAMPLES)
+        """Samples of how long the engine held a thread for one hit, in ns."""
+
+    def sink(self, site: int) -> Callable[[int, int, int, Sequence[int], int], None]:
+        """Returns the ``Sink`` that records hits of this site."""
+        evaluate = self._evaluate
+        lock = self._lock
+        pack_into = self._row.pack_into
+        size = self._row.size
+        capture = evaluate.words if not evaluate.has_strings else None
+        maximum = self._max
+
+        def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
+            with lock:
+                if maximum and self.hits >= maximum:
+                    self.limited += 1
+                    return
+                chunk = self._chunk
+                n = chunk.count
+                if n == ROWS:
+                    chunk = self._rotate()
+                    n = 0
+                values = (
+                    capture(words) if capture is not None else evaluate(words, memory, chunk.interned, chunk.strings)
+                )
+                pack_into(chunk.buffer, n * size, ts, pid, tid, site, *values)
+                chunk.count = n + 1
+                self.hits += 1
+                if n == 0:
+                    self._on_data()
+                if maximum and self.hits == maximum:
+                    self._on_limit()
+
+        return record
+
+    def _rotate(self) -> _Chunk:
+        self._full.append(self._chunk)
+        if len(self._full) > CHUNKS:
+            oldest = self._full.popleft()
+            self._dropped_since += oldest.count
+            self.dropped += oldest.count
+        self._chunk = _Chunk(self._chunk.seq + self._chunk.count, self._row.size)
+        return self._chunk
+
+    def drain(
+        self,
+        *,
+        host: str,
+        probe: str,
+        source: str,
+        generation: int,
+        sites: Sequence[str],
+        comms: Mapping[int, str],
+    ) -> list[bytes]:
+        """Takes all rows out and returns them as encoded batches, oldest first.
+
+        Args:
+            host, probe, source, generation, sites: for the headers.
+            comms: names of processes by pid; those that occur go into the header.
+        """
+        with self._lock:
+            if not self._chunk.count and not self._full:
+                return []
+            chunks = [*self._full, self._chunk] if self._chunk.count else list(self._full)
+            self._full.clear()
+            self._chunk = _Chunk(self._chunk.seq + self._chunk.count, self._row.size)
+            drops, self._dropped_since = self._dropped_since, 0
+        offset = time.time_ns() - time.monotonic_ns()
+        batches = []
+        for chunk in chunks:
+            rows = np.frombuffer(chunk.buffer, self._dtype, chunk.count)
+            ts = rows["ts"]
+            header = Header(
+                host=host,
+                probe=probe,
+                source=source,
+                seq=chunk.seq,
+                count=chunk.count,
+                t0=int(ts.min()),
+                t1=int(ts.max()),
+                clock_offset=offset,
+                columns=self.columns,
+                generation=generation,
+                strings=chunk.strings,
+                sites=list(sites),
+                comms={p: comms[p] for p in np.unique(rows["pid"]).tolist() if p in comms},
+                drops={"tracer-ring": drops} if drops else {},
+            )
+            drops = 0
+            batches.append(HitBatch(header, {c.name: rows[c.name] for c in self.columns}).encode())
+        return batches
+
+    def median_overhead_ns(self) -> float:
+        """Returns the median of the last samples, in ns; 0.0 before the first."""
+        samples = sorted(itertools.islice(self.overhead_ns, OVERHEAD_SAMPLES))
+        return float(samples[len(samples) // 2]) if samples else 0.0

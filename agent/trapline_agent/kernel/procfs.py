@@ -1,0 +1,91 @@
+"""What the engine asks /proc about a thread: proc(5). Everything may vanish at any time; then ProcessLookupError is raised."""
+
+from __future__ import annotations
+
+import errno
+import os
+from enum import Enum
+from typing import NoReturn
+
+_GONE = (errno.ENOENT, errno.ESRCH)
+
+_SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3 = 56, 57, 58, 435
+_FORKS = frozenset((_SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3))
+
+
+def _raise(e: OSError, what: str) -> NoReturn:
+    if e.errno in _GONE:
+        raise ProcessLookupError(errno.ESRCH, "no such process", what) from e
+    raise e
+
+
+def read(path: str, limit: int = 1 << 16) -> bytes:
+    """Reads a small file of /proc at once. Raises ProcessLookupError where the process is gone, PermissionError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, limit)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        _raise(e, path)
+
+
+def tasks(pid: int) -> list[int]:
+    """Returns the thread ids of a process."""
+    try:
+        return [int(t) for t in os.listdir(f"/proc/{pid}/task")]
+    except OSError as e:
+        _raise(e, f"/proc/{pid}/task")
+
+
+def stat_fields(pid: int, tid: int | None = None) -> list[bytes]:
+    """Returns the fields of stat after ``comm``: index 0 is the state (field 3), 1 ppid, 19 the start time in clock ticks
+    after boot (field 22), 36 the CPU it last ran on (field 39)."""
+    text = read(f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat")
+    return text[text.rindex(b")") + 2 :].split()
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks after boot; with the pid it names a process until the next boot."""
+    return int(stat_fields(pid)[19])
+
+
+def status(pid: int, *names: str) -> dict[str, str]:
+    """Returns the named fields of /proc/PID/status; absent ones are left out."""
+    wanted = {f"{n}:".encode(): n for n in names}
+    found: dict[str, str] = {}
+    for line in read(f"/proc/{pid}/status").splitlines():
+        key, _, value = line.partition(b"\t")
+        if key in wanted:
+            found[wanted[key]] = value.strip().decode(errors="replace")
+    return found
+
+
+def comm(pid: int) -> str:
+    """The process' name, at most 15 bytes."""
+    return read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
+
+
+class Whereabouts(Enum):
+    """Where a thread was when it was looked at."""
+
+    RUNNING = "running"
+    """On a CPU or ready to be: in user code or in the kernel, not known which."""
+    FORKING = "forking"
+    """Blocked inside fork, vfork or clone."""
+    BLOCKED = "blocked"
+    """Blocked in another system call."""
+    STOPPED = "stopped"
+    """Blocked outside of system calls: a page fault, an exception, a stop."""
+
+
+def whereabouts(pid: int, tid: int) -> Whereabouts:
+    """Reads /proc/PID/task/TID/syscall (kernel: fs/proc/base.c, proc_pid_syscall), which needs ptrace access."""
+    text = read(f"/proc/{pid}/task/{tid}/syscall")
+    if text.startswith(b"running"):
+        return Whereabouts.RUNNING
+    number = int(text.split(b" ", 1)[0])
+    if number in _FORKS:
+        return Whereabouts.FORKING
+    return Whereabouts.BLOCKED if number >= 0 else Whereabouts.STOPPED

@@ -1,0 +1,222 @@
+"""ptrace(2): python-ptrace's request numbers and register layout, and what it lacks by ctypes.
+
+python-ptrace is GPL-2.0-only; this is the one module that imports it, and only the tracer process imports this module
+(docs/adr/0004). Its ``ptrace()`` wrapper and its debugger are not used: the one costs several times the system call, the
+other calls ``waitpid(-1)``, has no SEIZE and drops foreign SIGTRAPs.
+
+Every call must come from the thread that seized the tracee; ptrace answers ESRCH to any other (ptrace(2), "Notes").
+Requests on a stopped tracee do not block, so they keep the interpreter lock (PyDLL), which saves giving it up and fighting
+for it again several times a hit. SEIZE can block (on cred_guard_mutex while the tracee is in execve) and gives it up, as
+waiting does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Final
+
+from ptrace.binding.func import (
+    PTRACE_CONT,
+    PTRACE_DETACH,
+    PTRACE_EVENT_CLONE,
+    PTRACE_EVENT_EXEC,
+    PTRACE_EVENT_FORK,
+    PTRACE_EVENT_VFORK,
+    PTRACE_GETEVENTMSG,
+    PTRACE_GETREGS,
+    PTRACE_GETSIGINFO,
+    PTRACE_O_TRACECLONE,
+    PTRACE_O_TRACEEXEC,
+    PTRACE_O_TRACEFORK,
+    PTRACE_O_TRACEVFORK,
+    PTRACE_POKEUSER,
+    PTRACE_SETREGS,
+    PTRACE_SETSIGINFO,
+    PTRACE_SINGLESTEP,
+    REGISTER_NAMES,
+    ptrace_registers_t,
+)
+
+__all__ = ["PTRACE_EVENT_CLONE", "PTRACE_EVENT_EXEC", "PTRACE_EVENT_FORK", "PTRACE_EVENT_VFORK", "REGISTER_NAMES"]
+
+PTRACE_SEIZE: Final = 0x4206
+PTRACE_INTERRUPT: Final = 0x4207
+PTRACE_LISTEN: Final = 0x4208
+PTRACE_EVENT_STOP: Final = 128
+
+FOLLOW: Final[int] = PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE | PTRACE_O_TRACEEXEC
+"""Children and new images are followed; PTRACE_O_EXITKILL is not set: our death is not to kill a target."""
+
+WALL: Final = 0x40000000
+WNOTHREAD: Final = 0x20000000
+SI_KERNEL: Final = 0x80
+"""si_code of the SIGTRAP that int3 raises (arch/x86/kernel/traps.c, do_int3_user -> force_sig)."""
+
+REGISTERS_BYTES: Final[int] = ctypes.sizeof(ptrace_registers_t)
+SIGINFO_BYTES: Final = 128
+
+_fast = ctypes.PyDLL(None, use_errno=True).ptrace
+_fast.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_fast.restype = ctypes.c_long
+_libc = ctypes.CDLL(None, use_errno=True)
+_slow = _libc.ptrace
+_slow.argtypes = _fast.argtypes
+_slow.restype = ctypes.c_long
+_waitpid = _libc.waitpid
+_waitpid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_waitpid.restype = ctypes.c_int
+_writev = _libc.process_vm_writev
+_writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+_writev.restype = ctypes.c_ssize_t
+_kcmp = _libc.syscall
+
+
+def _fail(what: str, tid: int) -> OSError:
+    code = ctypes.get_errno()
+    if code == errno.ESRCH:
+        return ProcessLookupError(code, os.strerror(code), f"{what} {tid}")
+    return OSError(code, f"{os.strerror(code)} ({what} {tid})")
+
+
+def seize(tid: int, options: int = FOLLOW) -> None:
+    """Attaches to a thread without stopping it (PTRACE_SEIZE). Raises OSError: EPERM (not allowed, or traced already),
+    ESRCH (gone)."""
+    if _slow(PTRACE_SEIZE, tid, None, options) < 0:
+        raise _fail("PTRACE_SEIZE", tid)
+
+
+def interrupt(tid: int) -> None:
+    """Asks for a PTRACE_EVENT_STOP. A blocking system call may return EINTR to the target: use it on running threads."""
+    if _fast(PTRACE_INTERRUPT, tid, None, None) < 0:
+        raise _fail("PTRACE_INTERRUPT", tid)
+
+
+def cont(tid: int, signal: int = 0) -> None:
+    """Lets a stopped thread go on, with a signal delivered to it. Raises ProcessLookupError when it was killed meanwhile."""
+    if _fast(PTRACE_CONT, tid, None, signal or None) < 0:
+        raise _fail("PTRACE_CONT", tid)
+
+
+def listen(tid: int) -> None:
+    """Keeps a group-stopped thread stopped as if it were not traced, until SIGCONT (PTRACE_LISTEN)."""
+    if _fast(PTRACE_LISTEN, tid, None, None) < 0:
+        raise _fail("PTRACE_LISTEN", tid)
+
+
+def single_step(tid: int) -> None:
+    """Runs one instruction; ends in a SIGTRAP stop."""
+    if _fast(PTRACE_SINGLESTEP, tid, None, None) < 0:
+        raise _fail("PTRACE_SINGLESTEP", tid)
+
+
+def detach(tid: int, signal: int = 0) -> None:
+    """Lets a stopped thread go for good."""
+    if _fast(PTRACE_DETACH, tid, None, signal or None) < 0:
+        raise _fail("PTRACE_DETACH", tid)
+
+
+def event_message(tid: int) -> int:
+    """Returns what the last PTRACE_EVENT stop has to tell: the new child's id, or at exec the caller's former tid."""
+    value = ctypes.c_ulong()
+    if _fast(PTRACE_GETEVENTMSG, tid, None, ctypes.addressof(value)) < 0:
+        raise _fail("PTRACE_GETEVENTMSG", tid)
+    return value.value
+
+
+class RegisterFile:
+    """A buffer for one thread's registers, used again for each stop; ``words`` is a view of u64 words by
+    ``arch`` index. Not to be shared between threads."""
+
+    def __init__(self) -> None:
+        self._buffer = (ctypes.c_ubyte * REGISTERS_BYTES)()
+        self._address = ctypes.addressof(self._buffer)
+        self._info = (ctypes.c_ubyte * SIGINFO_BYTES)()
+        self._info_address = ctypes.addressof(self._info)
+        self._code = ctypes.c_int.from_buffer(self._info, 8)
+        self._signo = ctypes.c_int.from_buffer(self._info, 0)
+        self.words = memoryview(self._buffer).cast("B").cast("Q")
+
+    def load(self, tid: int) -> None:
+        """PTRACE_GETREGS into ``words``."""
+        if _fast(PTRACE_GETREGS, tid, None, self._address) < 0:
+            raise _fail("PTRACE_GETREGS", tid)
+
+    def store(self, tid: int) -> None:
+        """PTRACE_SETREGS from ``words``."""
+        if _fast(PTRACE_SETREGS, tid, None, self._address) < 0:
+            raise _fail("PTRACE_SETREGS", tid)
+
+    def signal_code(self, tid: int) -> int:
+        """PTRACE_GETSIGINFO; returns si_code. Raises OSError EINVAL in a group-stop."""
+        if _fast(PTRACE_GETSIGINFO, tid, None, self._info_address) < 0:
+            raise _fail("PTRACE_GETSIGINFO", tid)
+        return self._code.value
+
+    def signal_info(self, tid: int) -> bytes:
+        """Returns the siginfo_t of the signal the thread is stopped for."""
+        self.signal_code(tid)
+        return bytes(self._info)
+
+    def set_signal_info(self, tid: int, info: bytes) -> None:
+        """Replaces the siginfo_t, before ``cont`` delivers that signal."""
+        ctypes.memmove(self._info_address, info, SIGINFO_BYTES)
+        if _fast(PTRACE_SETSIGINFO, tid, None, self._info_address) < 0:
+            raise _fail("PTRACE_SETSIGINFO", tid)
+
+
+def poke_user(tid: int, offset: int, value: int) -> None:
+    """Sets one word of ``struct user`` (a register at eight times its index)."""
+    if _fast(PTRACE_POKEUSER, tid, offset, value) < 0:
+        raise _fail("PTRACE_POKEUSER", tid)
+
+
+class Waiter:
+    """waitpid(-1, __WALL | __WNOTHREAD) for one thread's tracees, which a signal interrupts.
+
+    ``os.waitpid`` begins again after EINTR in every thread but the main one, so it cannot be woken for commands.
+    """
+
+    def __init__(self) -> None:
+        self._status = ctypes.c_int()
+        self._address = ctypes.addressof(self._status)
+
+    def wait(self, tid: int = -1, *, block: bool = True) -> tuple[int, int]:
+        """Waits for a change of state of a tracee.
+
+        Returns:
+            (tid, wait status); (0, 0) where nothing changed and ``block`` is false, or after a signal; (-1, 0) where this
+            thread has no tracees.
+        """
+        pid = _waitpid(tid, self._address, WALL | WNOTHREAD | (0 if block else os.WNOHANG))
+        if pid > 0:
+            return pid, self._status.value
+        if pid == 0 or ctypes.get_errno() == errno.EINTR:
+            return 0, 0
+        return -1, 0
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def store_word(pid: int, address: int, value: int) -> bool:
+    """Writes a u64 with the target's own page protections (process_vm_writev(2)), as the instruction itself would; False
+    where that faults."""
+    word = ctypes.c_uint64(value)
+    local = _Iovec(ctypes.addressof(word), 8)
+    remote = _Iovec(address, 8)
+    return int(_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)) == 8
+
+
+_SYS_KCMP: Final = 312
+_KCMP_VM: Final = 1
+
+
+def same_address_space(a: int, b: int) -> bool:
+    """True where both processes share one mm (kcmp(2), KCMP_VM). Raises OSError, ENOSYS where the kernel lacks it."""
+    result = int(_kcmp(_SYS_KCMP, a, b, _KCMP_VM, 0, 0))
+    if result < 0:
+        raise _fail("kcmp", b)
+    return result == 0
