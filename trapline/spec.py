@@ -1,0 +1,805 @@
+"""The probe language: text to ``ProbeSpec`` and back.
+
+::
+
+    probe    := [name "="] [kind ":"] object ":" point { clause }
+    kind     := u | ur | usdt                     uprobe: and uretprobe: are understood
+    object   := /path | basename | soname | "buildid=" hex | "*"
+    point    := symbol ["+" off] | glob | /regex/ | 0xoff | file ":" line | "quoted"
+    clause   := "@" key "=" pattern { "," key "=" pattern }      which processes
+              | "if" condition | "{" [name "="] expression, ... "}" | "->" aggregate
+
+Clauses come in any order, each once; the canonical text has them in the order above. Quotes (either kind, with
+backslash escapes) settle ``::``, ``->``, spaces, colons and pattern characters. A quoted point is an exact symbol, or
+``TEXT``, a name as its source language writes it, where it has ``::`` or a space.
+
+Expressions are Python's, read by ``ast`` through a white list; nothing is evaluated here. ``parse_probe`` reads the
+whole grammar; ``require_supported`` refuses what this release cannot do. The forms of perf (``p:name path:sym x=%di``)
+and bpftrace (``uprobe:/path:sym``) are read where they mean the same thing, and explained where they do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from trapline.errors import SpecError, Unsupported
+from trapline.model import Capture, CaptureKind, Point, PointKind, ProbeKind, ProbeSpec
+
+MAX_TEXT = 4096
+MAX_CAPTURES = 32
+MAX_STRING_BYTES = 4096
+DEFAULT_STRING_BYTES = 64
+MAX_PID = 1 << 22
+"""PID_MAX_LIMIT of Linux, include/linux/threads.h."""
+
+WHERE_KEYS = ("pid", "tree", "comm", "exe", "uid", "container", "cgroup", "host", "label")
+REGISTERS = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags",
+)  # fmt: skip
+"""Names that ``reg.NAME`` takes; which of them exist on a host is the agent's to know."""
+ARGUMENTS = tuple(f"arg{i}" for i in range(6))
+AGGREGATES = ("count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct")
+
+_WS = " \t\n\r\f\v"
+_KINDS = {
+    "u": ProbeKind.ENTRY,
+    "uprobe": ProbeKind.ENTRY,
+    "ur": ProbeKind.RETURN,
+    "uretprobe": ProbeKind.RETURN,
+    "usdt": ProbeKind.USDT,
+}
+_KERNEL_KINDS = {"kprobe", "kretprobe", "tracepoint", "fentry", "fexit", "kfunc", "kretfunc", "rawtracepoint"}
+_KEY_HINTS = {"name": "comm", "process": "comm", "user": "uid", "path": "exe", "ppid": "tree", "image": "container"}
+_RESERVED_COLUMNS = {"ts", "pid", "tid", "site"}
+_LATER_NAMES = {
+    "retval", "latency", "caller", "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
+    "func", "file", "line", "buildid", "traceparent", "errno", "ctx",
+}  # fmt: skip
+
+_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)[ \t\n\r\f\v]*=(?!=)[ \t\n\r\f\v]*")
+_KIND = re.compile(r"([a-z]+):")
+_PERF = re.compile(
+    r"(?P<kind>[pr])(?::(?:[A-Za-z_]\w*/)?(?P<name>[A-Za-z_]\w*))?[ \t]+(?!if\b|->|[@{])(?=[^\s:]+:\S)", re.ASCII
+)
+_WHERE_START = re.compile(r"@[ \t\n\r\f\v]*[A-Za-z_]+[ \t\n\r\f\v]*=")
+_BARE_OBJECT = re.compile(r"[^\s:{}\"']+")
+_BARE_POINT = re.compile(r"(?:(?!->|@[ \t\n\r\f\v]*[A-Za-z_]+[ \t\n\r\f\v]*=)[\w.$@*?\[\]!:~^+/-])+")
+_BARE_VALUE = re.compile(r"(?:(?!->)[^\s,{}\"'])+")
+_IF = re.compile(r"if(?![\w])")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PERF_ARG = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<deref>\+(?:u?0|0x0)\()?(?P<at>[%$]\w+)(?P<close>\))?(?::(?P<type>\w+))?", re.ASCII
+)
+
+_SAFE_OBJECT = re.compile(r"/[A-Za-z0-9_.+~@%=,/-]*|[A-Za-z0-9_.+~-]+|buildid=[0-9a-f]+|\*")
+_SAFE_SYMBOL = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$]*(?:@@?[A-Za-z0-9_.]+)?")
+_SAFE_FILE = re.compile(r"[A-Za-z_][A-Za-z0-9_./]*")
+_SAFE_VALUE = re.compile(r"[A-Za-z0-9_./*?\[\]!:+=-]+")
+_RESERVED_OBJECTS = set(_KINDS) | _KERNEL_KINDS | {"p", "r"}
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+
+_EXPRESSION_NODES = (
+    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Compare,
+    ast.cmpop, ast.Call, ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.IfExp,
+    ast.Tuple, ast.List, ast.keyword,
+)  # fmt: skip
+
+
+def parse_probe(text: str) -> ProbeSpec:
+    """Reads a probe text.
+
+    Args:
+        text: at most 4096 characters.
+
+    Returns:
+        The spec, whose ``text`` is canonical: ``parse_probe(spec.text) == spec``.
+
+    Raises:
+        SpecError: it is not in the grammar; has the text and the position.
+        Unsupported: a captured expression that is right but not in this release; has the text and the position.
+    """
+    return _Reader(text).probe()
+
+
+def format_probe(spec: ProbeSpec) -> str:
+    """Returns the canonical text of a spec, from its fields alone (``spec.text`` is not looked at)."""
+    return "".join(piece for _, piece in _pieces(spec))
+
+
+def require_supported(spec: ProbeSpec) -> None:
+    """Refuses what the grammar has but this release does not.
+
+    Raises:
+        Unsupported: names the feature; reason ``NotInThisRelease``, with the canonical text and the position.
+    """
+    wanted: list[tuple[str, bool, str, str]] = [
+        ("kind", spec.kind is ProbeKind.RETURN, "return probes (`ur:`)", "probe the function's entry (`u:`)"),
+        ("kind", spec.kind is ProbeKind.USDT, "USDT probes (`usdt:`)", "probe a function by its symbol"),
+        (
+            "point",
+            spec.point.kind is PointKind.REGEX,
+            "a regular expression over symbols",
+            "use a glob, such as `foo*`",
+        ),
+        ("point", spec.point.kind is PointKind.LINE, "a source line", "use a symbol, or `symbol+offset`"),
+        (
+            "point",
+            spec.point.kind is PointKind.TEXT,
+            "a name as the source language writes it",
+            "use the mangled symbol, as `nm` prints it",
+        ),
+        *(
+            (f"where.{key}", key in spec.where, f"the selector `{key}`", "select by pid, tree, comm, exe, uid or host")
+            for key in ("label", "container", "cgroup")
+        ),
+        ("condition", bool(spec.condition), "a condition (`if`)", "leave it out and filter the hits"),
+        ("aggregate", bool(spec.aggregate), "an aggregate (`->`)", "leave it out and aggregate the hits"),
+    ]
+    for label, present, feature, hint in wanted:
+        if present:
+            at = 0
+            for piece_label, piece in _pieces(spec):
+                if piece_label == label:
+                    at += len(piece) - len(piece.lstrip())
+                    break
+                at += len(piece)
+            raise Unsupported(
+                f"not in this release: {feature}", hint=hint, reason="NotInThisRelease", text=spec.text, position=at
+            )
+
+
+# --- canonical text -------------------------------------------------------------------------------------------------
+
+
+def _quote(value: str) -> str:
+    out = ['"']
+    for c in value:
+        if c in '"\\':
+            out.append("\\" + c)
+        elif c == "\n":
+            out.append("\\n")
+        elif c < " " or c == "\x7f":
+            out.append(f"\\x{ord(c):02x}")
+        else:
+            out.append(c)
+    out.append('"')
+    return "".join(out)
+
+
+def _bare_or_quoted(value: str, safe: re.Pattern[str]) -> str:
+    return value if safe.fullmatch(value) else _quote(value)
+
+
+def _point_text(point: Point, kind: ProbeKind) -> str:
+    match point.kind:
+        case PointKind.OFFSET:
+            return f"0x{point.offset:x}"
+        case PointKind.LINE:
+            return f"{_bare_or_quoted(point.value, _SAFE_FILE)}:{point.offset}"
+        case PointKind.GLOB:
+            return point.value
+        case PointKind.REGEX:
+            return "/" + re.sub(r"\\.|/", lambda m: "\\/" if m[0] == "/" else m[0], point.value, flags=re.S) + "/"
+        case PointKind.TEXT:
+            symbol = _quote(point.value)
+        case PointKind.SYMBOL:
+            symbol = _bare_or_quoted(point.value, _SAFE_SYMBOL)
+    return f"{symbol}+0x{point.offset:x}" if point.offset else symbol
+
+
+def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
+    """Yields the canonical text in labelled pieces."""
+    if spec.name:
+        yield "name", f"{spec.name}="
+    if spec.kind is not ProbeKind.ENTRY:
+        yield "kind", f"{spec.kind.value}:"
+    safe = _SAFE_OBJECT.fullmatch(spec.object) and spec.object not in _RESERVED_OBJECTS
+    yield "object", spec.object if safe else _quote(spec.object)
+    yield "colon", ":"
+    yield "point", _point_text(spec.point, spec.kind)
+    for i, (key, value) in enumerate(spec.where.items()):
+        yield f"where.{key}", f"{', ' if i else ' @ '}{key}={_bare_or_quoted(value, _SAFE_VALUE)}"
+    if spec.condition:
+        yield "condition", f" if {spec.condition}"
+    if spec.captures:
+        columns = (c.text if c.name == c.text else f"{c.name}={c.text}" for c in spec.captures)
+        yield "captures", f" {{{', '.join(columns)}}}"
+    if spec.aggregate:
+        yield "aggregate", f" -> {spec.aggregate}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """A recursive-descent reader over one text; ``at`` is the index of the next character."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def fail(
+        self, detail: str, at: int | None = None, *, hint: str = "", suggestions: list[str] | None = None
+    ) -> NoReturn:
+        raise SpecError(
+            detail,
+            hint=hint,
+            suggestions=suggestions or (),
+            text=self.text,
+            position=min(self.at if at is None else at, len(self.text)),
+        )
+
+    def later(self, feature: str, at: int, hint: str) -> NoReturn:
+        raise Unsupported(
+            f"not in this release: {feature}", hint=hint, reason="NotInThisRelease", text=self.text, position=at
+        )
+
+    def skip(self) -> None:
+        while self.at < len(self.text) and self.text[self.at] in _WS:
+            self.at += 1
+
+    def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        if found := pattern.match(self.text, self.at):
+            self.at = found.end()
+        return found
+
+    def peek(self, n: int = 1) -> str:
+        return self.text[self.at : self.at + n]
+
+    def probe(self) -> ProbeSpec:
+        if len(self.text) > MAX_TEXT:
+            self.text = self.text[:MAX_TEXT]
+            self.fail(f"the probe text is longer than {MAX_TEXT} characters", MAX_TEXT)
+        for i, c in enumerate(self.text):
+            if c == "\0" or "\ud800" <= c <= "\udfff":
+                self.text = self.text.encode("utf-8", "replace").decode()
+                self.fail("the probe text has a character that is not text (NUL, or bytes that are not UTF-8)", i)
+        self.skip()
+        if self.at == len(self.text):
+            self.fail("the probe text is empty", hint="write OBJECT:SYMBOL, such as `libc.so.6:malloc`")
+        if perf := self.take(_PERF):
+            return self._perf(perf)
+        name = self._name()
+        kind = self._kind()
+        obj = self._object()
+        point, kind = self._point(kind)
+        spec = ProbeSpec(text="", name=name, kind=kind, object=obj, point=point)
+        self._clauses(spec)
+        return _finish(spec)
+
+    # --- name, kind, object, point
+
+    def _name(self) -> str:
+        found = _NAME.match(self.text, self.at)
+        if not found or found[1] == "buildid":
+            return ""
+        if len(found[1]) > 128:
+            self.fail("the probe's name is longer than 128 characters")
+        self.at = found.end()
+        return found[1]
+
+    def _kind(self) -> ProbeKind:
+        found = _KIND.match(self.text, self.at)
+        if found and found[1] in _KERNEL_KINDS:
+            self.fail(
+                f"`{found[1]}:` is a probe in the kernel; Trapline probes programs and libraries",
+                hint="write OBJECT:SYMBOL, such as `libc.so.6:read`",
+            )
+        if not found or found[1] not in _KINDS:
+            return ProbeKind.ENTRY
+        self.at = found.end()
+        if found[1] == "uprobe" and re.match(r"[^\s:]+:(0x|\d)", self.text[self.at :]):
+            self.fail(
+                "bpftrace's addresses are virtual addresses, Trapline's are file offsets",
+                self.at + self.text[self.at :].index(":") + 1,
+                hint="write `u:PATH:0xOFFSET` with the file offset, or `u:PATH:symbol+0xOFFSET`",
+            )
+        return _KINDS[found[1]]
+
+    def _object(self) -> str:
+        start = self.at
+        if self.peek() in ("'", '"') and self.peek():
+            obj = self._quoted()
+        else:
+            found = self.take(_BARE_OBJECT)
+            if not found:
+                self.fail("expected the object: a path, a program's or library's name, `buildid=HEX` or `*`")
+            obj = found[0]
+        if self.peek() != ":":
+            word = self.text[start : self.at]
+            if obj.startswith("*0x"):
+                self.fail(
+                    f"`{word}` is gdb's address; a place is named by its file",
+                    start,
+                    hint="write OBJECT:0xOFFSET with the offset in the file",
+                )
+            self.fail(
+                f"`{word}` names no object: a probe is OBJECT:SYMBOL",
+                start,
+                hint="`*` is every mapped file that has the symbol, PROGRAM the name or path of a program or library",
+                suggestions=[f"*:{word}", f"PROGRAM:{word}"],
+            )
+        self.at += 1
+        if obj.startswith("buildid="):
+            digits = obj.removeprefix("buildid=").lower()
+            if not re.fullmatch(r"[0-9a-f]{4,128}", digits):
+                self.fail(f"`{digits}` is not a build-id: 4 to 128 hex digits", start + len("buildid="))
+            return f"buildid={digits}"
+        if obj.startswith("/") or obj == "*":
+            return obj
+        if "/" in obj:
+            self.fail(
+                f"`{obj}` is a relative path, which means nothing on another host", start, hint="write it from `/` on"
+            )
+        if any(c in obj for c in "*?["):
+            self.fail(
+                f"`{obj}`: patterns over objects are not part of the grammar",
+                start,
+                hint="name one program or library, or `*` for every mapped file that has the symbol",
+            )
+        return obj
+
+    def _number(self, digits: str, at: int) -> int:
+        value = int(digits, 16) if digits[:2] in ("0x", "0X") else int(digits)
+        if value >= 1 << 63:
+            self.fail(f"`{digits}` is too large", at)
+        return value
+
+    def _point(self, kind: ProbeKind) -> tuple[Point, ProbeKind]:
+        start = self.at
+        c = self.peek()
+        if c and c in "'\"":
+            point = self._quoted_point(kind)
+        elif c == "/":
+            point = Point(kind=PointKind.REGEX, value=self._regex())
+        elif found := self.take(_BARE_POINT):
+            point = self._bare_point(found[0], start, kind)
+        else:
+            self.fail("expected a symbol, `0xOFFSET`, `file:line`, a glob or `/regex/` after the object")
+        if self.text.startswith("%return", self.at) and kind is ProbeKind.ENTRY:
+            self.at += len("%return")
+            kind = ProbeKind.RETURN
+        after = self.peek()
+        if after and after not in _WS + "{@" and self.peek(2) != "->":
+            self.fail(f"unexpected `{after}` in the point", hint='quote a symbol that has such characters: "..."')
+        return point, kind
+
+    def _quoted_point(self, kind: ProbeKind) -> Point:
+        start = self.at
+        value = self._quoted()
+        if not value:
+            self.fail("the quotes are empty", start)
+        if kind is ProbeKind.USDT:
+            return Point(kind=PointKind.SYMBOL, value=value)
+        if self.peek() == ":":
+            self.at += 1
+            digits = self.take(_NUMBER)
+            if not digits or not digits[0].isdecimal() or not int(digits[0]):
+                self.fail("expected a line number from 1 on")
+            return Point(kind=PointKind.LINE, value=value, offset=self._number(digits[0], digits.start()))
+        offset = 0
+        if self.peek() == "+":
+            self.at += 1
+            digits = self.take(_NUMBER)
+            if not digits:
+                self.fail("expected a number of bytes after `+`")
+            offset = self._number(digits[0], digits.start())
+        return Point(kind=_named(value), value=value, offset=offset)
+
+    def _bare_point(self, token: str, start: int, kind: ProbeKind) -> Point:
+        is_glob = any(c in token for c in "*?[")
+        if kind is ProbeKind.USDT:
+            return Point(kind=PointKind.GLOB if is_glob else PointKind.SYMBOL, value=token)
+        if _NUMBER.fullmatch(token):
+            if token.isdecimal():
+                self.fail(
+                    f"`{token}` may be a line or an offset",
+                    start,
+                    hint="write `OBJECT:FILE:LINE` for a source line, `OBJECT:0xOFFSET` for an offset in the file",
+                )
+            return Point(kind=PointKind.OFFSET, offset=self._number(token, start))
+        if "::" not in token and (found := re.fullmatch(r"([^:]+):([0-9]+)", token)) and not is_glob:
+            if not int(found[2]):
+                self.fail("lines count from 1", start + found.start(2))
+            return Point(kind=PointKind.LINE, value=found[1], offset=self._number(found[2], start + found.start(2)))
+        symbol, plus, digits = token.rpartition("+")
+        offset = 0
+        if plus:
+            if not symbol or not _NUMBER.fullmatch(digits):
+                self.fail(
+                    "expected SYMBOL+BYTES", start + len(symbol) + 1, hint="an offset is decimal or 0x and hex digits"
+                )
+            offset = self._number(digits, start + len(symbol) + 1)
+        else:
+            symbol = token
+        if symbol[0].isdigit() or "+" in symbol:
+            self.fail(f"`{symbol}` is neither a symbol nor an offset", start, hint="a file offset is 0x and hex digits")
+        if is_glob:
+            if offset:
+                self.fail("an offset needs one symbol, not a pattern", start + len(symbol))
+            return Point(kind=PointKind.GLOB, value=symbol)
+        if ":" in symbol and "::" not in symbol:
+            self.fail(
+                f"`{symbol}` has a colon that is not followed by a line number",
+                start + symbol.index(":"),
+                hint='quote a symbol that has colons: "..."',
+            )
+        if "/" in symbol:
+            self.fail(f"`{symbol}` has a slash: a path where the symbol should be", start, hint="write PATH:SYMBOL")
+        return Point(kind=_named(symbol), value=symbol, offset=offset)
+
+    def _regex(self) -> str:
+        start = self.at
+        out: list[str] = []
+        self.at += 1
+        while (c := self.peek()) != "/":
+            if not c:
+                self.fail("the regular expression has no closing `/`", start)
+            pair = self.peek(2) if c == "\\" else c
+            out.append("/" if pair == "\\/" else pair)
+            self.at += len(pair)
+        self.at += 1
+        if not out:
+            self.fail("the regular expression is empty", start)
+        return "".join(out)
+
+    def _quoted(self) -> str:
+        start, quote = self.at, self.peek()
+        out: list[str] = []
+        self.at += 1
+        while (c := self.peek()) != quote:
+            if not c:
+                self.fail("the quotes are not closed", start)
+            self.at += 1
+            if c != "\\":
+                out.append(c)
+                continue
+            escape = self.peek()
+            self.at += 1
+            if escape in _ESCAPES:
+                out.append(_ESCAPES[escape])
+            elif escape == "x" and re.fullmatch(r"[0-9a-fA-F]{2}", self.peek(2)) and self.peek(2) != "00":
+                out.append(chr(int(self.peek(2), 16)))
+                self.at += 2
+            else:
+                self.fail("unknown escape", self.at - 2, hint=r"known are \\ \" \' \n \t \r \xHH")
+        self.at += 1
+        return "".join(out)
+
+    # --- clauses
+
+    def _clauses(self, spec: ProbeSpec) -> None:
+        seen: set[str] = set()
+        while True:
+            self.skip()
+            start = self.at
+            if start == len(self.text):
+                return
+            if self.peek(2) == "->":
+                clause, self.at = "->", start + 2
+            elif self.peek() in "@{":
+                clause, self.at = self.peek(), start + 1
+            elif found := self.take(_IF):
+                clause = found[0]
+            else:
+                hint = "after the point come `@ key=pattern`, `if condition`, `{captures}` and `-> aggregate`"
+                if self.peek() == "/":
+                    hint = "bpftrace's filter is written `@ pid=N` or `if condition` here"
+                self.fail(f"unexpected `{self.text[start : start + 20]}`", start, hint=hint)
+            if clause in seen:
+                self.fail(f"a second `{clause}`: each clause comes once", start)
+            seen.add(clause)
+            match clause:
+                case "@":
+                    spec.where = self._where()
+                case "if":
+                    spec.condition = self._condition()
+                case "{":
+                    spec.captures = self._captures()
+                case _:
+                    spec.aggregate = self._aggregate()
+
+    def _where(self) -> dict[str, str]:
+        where: dict[str, str] = {}
+        while True:
+            self.skip()
+            start = self.at
+            key = self.take(_IDENTIFIER)
+            if not key:
+                self.fail("expected `key=pattern`", hint=f"keys are {', '.join(WHERE_KEYS)}")
+            if key[0] not in WHERE_KEYS:
+                near = [_KEY_HINTS.get(k, k) for k in difflib.get_close_matches(key[0], (*WHERE_KEYS, *_KEY_HINTS))]
+                self.fail(
+                    f"unknown selector `{key[0]}`", start, suggestions=near, hint=f"keys are {', '.join(WHERE_KEYS)}"
+                )
+            if key[0] in where:
+                self.fail(f"`{key[0]}` is there twice", start)
+            self.skip()
+            if self.peek() != "=":
+                self.fail(f"expected `=` after `{key[0]}`")
+            self.at += 1
+            self.skip()
+            at = self.at
+            if self.peek() in ("'", '"') and self.peek():
+                value = self._quoted()
+            else:
+                bare = self.take(_BARE_VALUE)
+                value = bare[0] if bare else ""
+            if not value:
+                self.fail(f"expected a pattern after `{key[0]}=`", at)
+            if key[0] in ("pid", "tree"):
+                if not re.fullmatch(r"[0-9]{1,9}", value) or not 0 < int(value) <= MAX_PID:
+                    self.fail(f"`{value}` is not a process number", at, hint="select by name with comm=PATTERN")
+                value = str(int(value))
+            elif key[0] == "uid" and not re.fullmatch(r"[0-9]{1,10}|[A-Za-z_][A-Za-z0-9_.-]*", value):
+                self.fail(f"`{value}` is neither a user number nor a user name", at)
+            where[key[0]] = value
+            self.skip()
+            if self.peek() != ",":
+                return where
+            self.at += 1
+
+    def _scan(self, stops: tuple[str, ...], *, stop_at_if: bool = False) -> tuple[str, int]:
+        """Takes an expression up to one of ``stops`` outside strings and brackets.
+
+        Returns:
+            The source with all white space made blanks, not stripped, and where it begins.
+        """
+        start = self.at
+        closers: list[str] = []
+        while self.at < len(self.text):
+            c = self.text[self.at]
+            if c in "'\"":
+                self._string_literal()
+                continue
+            if not closers and self.text.startswith(stops, self.at):
+                break
+            at_if = stop_at_if and self.text[self.at - 1] in _WS + ")" and _IF.match(self.text, self.at)
+            if not closers and at_if:
+                break
+            if c in "([{":
+                closers.append({"(": ")", "[": "]", "{": "}"}[c])
+            elif c in ")]}":
+                if not closers or closers.pop() != c:
+                    self.fail(f"unexpected `{c}`")
+            elif c == "#":
+                self.fail("unexpected `#`")
+            self.at += 1
+        if closers:
+            self.fail(f"expected `{closers[-1]}`")
+        return self.text[start : self.at].translate(_BLANKS), start
+
+    def _string_literal(self) -> None:
+        start, quote = self.at, self.peek()
+        self.at += 1
+        while (c := self.peek()) != quote:
+            if not c:
+                self.fail("the quotes are not closed", start)
+            self.at += 2 if c == "\\" else 1
+        self.at += 1
+
+    def _tree(self, source: str, start: int, what: str) -> ast.expr:
+        """Parses an expression of the language; ``start`` is where ``source`` begins in the text."""
+        lead = len(source) - len(source.lstrip())
+        source, start = source.strip(), start + lead
+        if not source:
+            self.fail(f"expected {what}", start)
+        try:
+            body = ast.parse(source, mode="eval").body
+        except SyntaxError as e:
+            self.fail(f"{what}: {e.msg}", start + max(0, (e.offset or 1) - 1))
+        except (ValueError, RecursionError, MemoryError):
+            self.fail(f"{what} is too complex", start)
+        stack: list[ast.AST] = [body]
+        while stack:
+            node = stack.pop()
+            if not isinstance(node, _EXPRESSION_NODES):
+                at = start + _column(source, node if isinstance(node, ast.expr) else body)
+                self.fail(f"{type(node).__name__} is not part of the expression language", at)
+            stack.extend(ast.iter_child_nodes(node))
+        return body
+
+    def _condition(self) -> str:
+        source, start = self._scan(("->", "{", "@"))
+        self._tree(source, start, "a condition")
+        return source.strip()
+
+    def _aggregate(self) -> str:
+        source, start = self._scan(("->", "{", "@"), stop_at_if=True)
+        # "by" is no Python: a call, then `by` and a parenthesised list.
+        found = re.search(r"\)\s*by\b", source)
+        call, by = (source[: found.start() + 1], source[found.end() :]) if found else (source, None)
+        tree = self._tree(call, start, "an aggregate such as `count()`")
+        at = start + len(source) - len(source.lstrip())
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+            self.fail("an aggregate is a call, such as `count()`", at)
+        if tree.func.id not in AGGREGATES:
+            near = difflib.get_close_matches(tree.func.id, AGGREGATES)
+            hint = f"known are {', '.join(AGGREGATES)}"
+            self.fail(f"unknown aggregate `{tree.func.id}`", at, suggestions=near, hint=hint)
+        if found and by is not None:
+            if not by.strip().startswith("("):
+                self.fail("expected `by (expression, ...)`", start + found.end())
+            self._tree(by, start + found.end(), "an expression to group by")
+        return source.strip()
+
+    def _captures(self) -> list[Capture]:
+        captures: list[Capture] = []
+        while True:
+            self.skip()
+            if not captures and self.peek() == "}":
+                self.fail("expected a value to capture", hint="such as `arg0`, `reg.rdi` or `str(arg1)`")
+            source, start = self._scan((",", "}"))
+            self._add_capture(captures, source, start)
+            if not self.peek():
+                self.fail("expected `}`")
+            self.at += 1
+            if self.text[self.at - 1] == "}":
+                return captures
+
+    def _add_capture(self, captures: list[Capture], source: str, start: int) -> None:
+        name = ""
+        if named := re.match(r" *([A-Za-z_][A-Za-z0-9_]*) *=(?!=)", source):
+            name = named[1]
+            source, start = source[named.end() :], start + named.end()
+        at = start + len(source) - len(source.lstrip())
+        if register := re.fullmatch(r" *[%$]([a-z0-9]+) *", source):  # perf's %di and gdb's $rdi
+            capture = _word(self._register(register[1], at))
+        else:
+            capture = self._lower(self._tree(source, start, "a value to capture"), source.strip(), at)
+        self._append_capture(captures, capture, name, at)
+
+    def _append_capture(self, captures: list[Capture], capture: Capture, name: str, at: int) -> None:
+        if name:
+            if len(name) > 64:
+                self.fail("the column's name is longer than 64 characters", at)
+            if name in _RESERVED_COLUMNS:
+                self.fail(f"`{name}` is a column that every hit has", at, hint="choose another name")
+            capture.name = name
+        if any(c.name == capture.name for c in captures):
+            self.fail(f"two captured values are called `{capture.name}`", at, hint="name one: `other=...`")
+        if len(captures) == MAX_CAPTURES:
+            self.fail(f"more than {MAX_CAPTURES} captured values", at)
+        captures.append(capture)
+
+    def _lower(self, tree: ast.expr, source: str, start: int) -> Capture:
+        at = start + _column(source, tree)
+        if isinstance(tree, ast.Call):
+            function = tree.func.id if isinstance(tree.func, ast.Name) else ast.unparse(tree.func)
+            if function != "str":
+                self.later(f"`{function}()`", at, "captured are arg0 to arg5, reg.NAME and str(...) of them")
+            if tree.keywords or not 1 <= len(tree.args) <= 2:
+                self.fail("str takes a pointer and, if wanted, the most bytes to read: str(arg0, 128)", at)
+            operand = self._operand(tree.args[0], source, start)
+            size = DEFAULT_STRING_BYTES
+            if len(tree.args) == 2:
+                limit, limit_at = tree.args[1], start + _column(source, tree.args[1])
+                if not isinstance(limit, ast.Constant) or type(limit.value) is not int:
+                    self.later("a computed length", limit_at, f"write a number from 1 to {MAX_STRING_BYTES}")
+                if not 1 <= limit.value <= MAX_STRING_BYTES:
+                    self.fail(f"a string's length is from 1 to {MAX_STRING_BYTES} bytes", limit_at)
+                size = limit.value
+            text = f"str({operand})" if size == DEFAULT_STRING_BYTES else f"str({operand}, {size})"
+            return Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand, max_bytes=size)
+        return _word(self._operand(tree, source, start))
+
+    def _operand(self, tree: ast.expr, source: str, start: int) -> str:
+        at = start + _column(source, tree)
+        if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "reg":
+            if tree.attr not in REGISTERS:
+                whole = _register_named(tree.attr)
+                near = [whole] if whole else difflib.get_close_matches(tree.attr, REGISTERS)
+                hint = f"known are {', '.join(REGISTERS)}"
+                self.fail(f"no register `{tree.attr}`", at, suggestions=[f"reg.{r}" for r in near], hint=hint)
+            return f"reg.{tree.attr}"
+        if isinstance(tree, ast.Name):
+            if tree.id in ARGUMENTS:
+                return tree.id
+            if re.fullmatch(r"arg[0-9]+", tree.id):
+                self.later(f"`{tree.id}`, which is passed on the stack", at, "arg0 to arg5 come in registers")
+            if tree.id in _LATER_NAMES:
+                self.later(f"the value `{tree.id}`", at, "every hit has its time, pid, tid, comm and site")
+            if register := _register_named(tree.id):
+                self.fail(f"`{tree.id}` is a register", at, suggestions=[f"reg.{register}"])
+            self.later(f"an argument by its name (`{tree.id}`)", at, "write arg0 to arg5")
+        self.later(
+            "a value other than a register, an argument or a string",
+            at,
+            "captured are arg0 to arg5, reg.NAME and str(...) of them",
+        )
+
+    def _register(self, name: str, at: int) -> str:
+        register = _register_named(name)
+        if not register:
+            self.fail(f"no register `{name}`", at, hint=f"known are {', '.join(REGISTERS)}")
+        return f"reg.{register}"
+
+    # --- perf
+
+    def _perf(self, head: re.Match[str]) -> ProbeSpec:
+        """Reads the rest of ``p[:[GROUP/]NAME] PATH:POINT [FETCHARG...]``, Documentation/trace/uprobetracer.rst."""
+        kind = ProbeKind.RETURN if head["kind"] == "r" else ProbeKind.ENTRY
+        obj = self._object()
+        point, kind = self._point(kind)
+        captures: list[Capture] = []
+        spec = ProbeSpec(text="", name=head["name"] or "", kind=kind, object=obj, point=point)
+        while True:
+            self.skip()
+            at = self.at
+            if at == len(self.text):
+                break
+            found = self.take(_PERF_ARG)
+            if not found or (self.peek() and self.peek() not in _WS) or bool(found["deref"]) != bool(found["close"]):
+                self.at = at
+                if self.peek() in ("@", "{") or self.peek(2) == "->" or _IF.match(self.text, at):
+                    self._clauses(spec)
+                    if captures and spec.captures:
+                        self.fail("captured values are there both in perf's way and in braces", at)
+                    break
+                self.later("this argument of perf's", at, "understood are %reg, $argN and +0(%reg):string")
+            if argument := re.fullmatch(r"\$arg([1-9][0-9]?)", found["at"]):
+                number = int(argument[1]) - 1  # perf counts from 1
+                if number >= len(ARGUMENTS):
+                    self.later(f"`{found['at']}`, which is passed on the stack", at, "the first six come in registers")
+                operand = ARGUMENTS[number]
+            elif found["at"][0] == "%":
+                operand = self._register(found["at"][1:], at)
+            else:
+                self.later(f"`{found['at']}`", at, "understood are %reg, $argN and +0(%reg):string")
+            if found["deref"]:
+                if found["type"] not in ("string", "ustring"):
+                    self.later("reading memory other than strings", at, "understood is +0(%reg):string")
+                text = f"str({operand})"
+                capture = Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand)
+            elif found["type"] in (None, "u64", "x64"):
+                capture = _word(operand)
+            else:
+                self.later(f"the type `{found['type']}`", at, "words are u64")
+            self._append_capture(captures, capture, found["name"] or "", at)
+        spec.captures = captures or spec.captures
+        return _finish(spec)
+
+
+_BLANKS = str.maketrans(dict.fromkeys(_WS, " "))
+
+
+def _finish(spec: ProbeSpec) -> ProbeSpec:
+    spec.where = {key: spec.where[key] for key in WHERE_KEYS if key in spec.where}
+    spec.text = format_probe(spec)
+    return spec
+
+
+def _named(value: str) -> PointKind:
+    return PointKind.TEXT if "::" in value or re.search(r"\s", value) else PointKind.SYMBOL
+
+
+def _word(operand: str) -> Capture:
+    return Capture(text=operand, name=operand, operand=operand)
+
+
+def _column(source: str, node: ast.expr) -> int:
+    """ast counts UTF-8 bytes; the caret counts characters. ``source`` is one line."""
+    return len(source.encode()[: node.col_offset].decode(errors="ignore"))
+
+
+def _register_named(name: str) -> str:
+    """Returns the 64-bit register that ``name`` is all or the low part of, without a prefix: ``di`` gives ``rdi``."""
+    name = name.lower()
+    if name in REGISTERS:
+        return name
+    if name in ("flags", "rflags"):
+        return "eflags"
+    if name == "ip":
+        return "rip"
+    if re.fullmatch(r"r([89]|1[0-5])[dwb]", name):
+        return name[:-1]
+    if re.fullmatch(r"e?(ax|bx|cx|dx|si|di|bp|sp)", name):
+        return "r" + name[-2:]
+    return ""
