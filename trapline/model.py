@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=False, use_attribute_docstrings=True)
+    # In the API's schema what is sent always has all its fields, so that a generated client need not test for them.
+    model_config = ConfigDict(
+        extra="ignore", frozen=False, use_attribute_docstrings=True, json_schema_serialization_defaults_required=True
+    )
 
 
 # --- probes, as asked -----------------------------------------------------------------------------------------------
