@@ -7,8 +7,8 @@
     def test_...
 
 Each need tries the real thing, once per session and only when a test asks. Where it is missing, the test is skipped
-with the need's name and how to get it. docs/skips.md is the ledger of these names; with ``TRAPLINE_TEST_STRICT=1`` (which
-``make test`` sets for root) a missing need fails its tests unless the ledger says that it may be missing.
+with the need's name and how to get it. docs/skips.md is the ledger of these names; with ``TRAPLINE_TEST_STRICT=1``
+(which ``make test`` sets for root) a missing need fails its tests unless the ledger says that it may be missing.
 """
 
 from __future__ import annotations

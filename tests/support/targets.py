@@ -55,7 +55,7 @@ class Targets:
 
     @contextmanager
     def run(self, name: str, *args: str | Path, flags: Iterable[str] = ()) -> Iterator[Child]:
-        """Builds a target, starts it, waits until it is ready; ends it on leaving. Raises ChildDied if it was harmed."""
+        """Builds a target, starts it, waits until it is ready; ends it on leaving. Raises ChildDied if harmed."""
         with Child([self.build(name, *flags), *args]) as child:
             yield child
 

