@@ -1,0 +1,1 @@
+"""What runs on this host: processes, their mappings, and the files behind them. Also imported by the tracer: keep it light."""

@@ -1,0 +1,132 @@
+"""The executable file mappings of a process, from /proc/PID/maps: proc(5), fs/proc/task_mmu.c.
+
+Fast enough to ask about every process of a host: the text is looked through as bytes, and only lines that matter are taken
+apart.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from trapline_agent.tracer.messages import FileKey
+
+_DELETED = b" (deleted)"
+_MAX_TASKS = 16
+# Executable, of a file (inode not 0). The kernel writes a new line in a path as \012 and nothing else specially (seq_file_path).
+_EXECUTABLE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (..x.) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*)[ ]*(.*)$", re.MULTILINE
+)
+
+
+class Mapping(NamedTuple):
+    """One executable mapping of a file."""
+
+    start: int
+    end: int
+    prot: str
+    """As printed: ``r-xp``; the last letter is ``p`` or ``s``."""
+    offset: int
+    """File offset of ``start``."""
+    dev: str
+    inode: int
+    path: str
+    """Decoded as os.fsdecode does, without `` (deleted)``; in the process' own mount namespace."""
+    deleted: bool
+    """True: the path led to another file, or to none, when this was read (or the name really ends in that word)."""
+
+    @property
+    def file(self) -> FileKey:
+        return FileKey(self.dev, self.inode)
+
+    @property
+    def writable(self) -> bool:
+        return self.prot[1] == "w"
+
+    @property
+    def shared(self) -> bool:
+        return self.prot[3] == "s"
+
+    def addr(self, offset: int) -> int | None:
+        """Returns the address of a file offset, or None where this mapping does not have it (semantics R10)."""
+        addr = self.start + offset - self.offset
+        return addr if self.start <= addr < self.end else None
+
+
+def _read(path: str) -> bytes:
+    # A maps file gives a few pages per read: readall goes on to the end.
+    with io.FileIO(path) as file:
+        return file.readall() or b""
+
+
+def read_maps(pid: int) -> bytes:
+    """Returns the text of /proc/PID/maps.
+
+    The leader of a process may have ended before its other threads, and then has no memory of its own: a live thread is
+    read instead (semantics P7).
+
+    Raises:
+        ProcessLookupError: no such process (any more).
+        PermissionError: it may not be looked at.
+    """
+    try:
+        if text := _read(f"/proc/{pid}/maps"):
+            return text
+        for task in os.listdir(f"/proc/{pid}/task")[:_MAX_TASKS]:
+            try:
+                if text := _read(f"/proc/{pid}/task/{task}/maps"):
+                    return text
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise ProcessLookupError(f"no process {pid}") from e
+    return b""
+
+
+def parse_maps(text: bytes) -> list[Mapping]:
+    """Returns the executable file mappings in a maps text, by address."""
+    return [_mapping(m) for m in _EXECUTABLE.finditer(text)]
+
+
+def _mapping(m: re.Match[bytes]) -> Mapping:
+    start, end, prot, offset, dev, inode, path = m.groups()
+    deleted = path.endswith(_DELETED)
+    if deleted:
+        path = path[: -len(_DELETED)]
+    if b"\\012" in path:
+        path = path.replace(b"\\012", b"\n")
+    return Mapping(
+        int(start, 16),
+        int(end, 16),
+        prot.decode(),
+        int(offset, 16),
+        dev.decode(),
+        int(inode),
+        os.fsdecode(path),
+        deleted,
+    )
+
+
+def executable_mappings(pid: int) -> list[Mapping]:
+    """Returns the executable file mappings of a process, by address. Raises as ``read_maps``."""
+    return parse_maps(read_maps(pid))
+
+
+def needle(file: FileKey) -> bytes:
+    """Returns bytes that are in a maps text if the file is mapped (and, rarely, in a path of another)."""
+    return f" {file.dev} {file.inode} ".encode()
+
+
+def mappings_of(pid: int, files: Iterable[FileKey]) -> list[Mapping]:
+    """Returns the executable mappings of some files in a process, by address; quick where there are none.
+
+    Raises as ``read_maps``.
+    """
+    wanted = frozenset(files)
+    text = read_maps(pid)
+    if not any(needle(f) in text for f in wanted):
+        return []
+    return [m for m in parse_maps(text) if m.file in wanted]
