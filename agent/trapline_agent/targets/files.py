@@ -1,4 +1,4 @@
-"""Files: which one a path leads to, by the identity that /proc/PID/maps prints, and how to open one of another process."""
+"""Files by the identity that /proc/PID/maps prints: which one a path leads to, how to open one of another process."""
 
 from __future__ import annotations
 

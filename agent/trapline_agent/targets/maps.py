@@ -1,7 +1,7 @@
 """The executable file mappings of a process, from /proc/PID/maps: proc(5), fs/proc/task_mmu.c.
 
-Fast enough to ask about every process of a host: the text is looked through as bytes, and only lines that matter are taken
-apart.
+Fast enough to ask about every process of a host: the text is looked through as bytes, and only lines that matter are
+taken apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trapline_agent.tracer.messages import FileKey
 
 _DELETED = b" (deleted)"
 _MAX_TASKS = 16
-# Executable, of a file (inode not 0). The kernel writes a new line in a path as \012 and nothing else specially (seq_file_path).
+# Executable, of a file (inode not 0). In a path the kernel escapes a new line, as \012, and nothing else.
 _EXECUTABLE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (..x.) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*)[ ]*(.*)$", re.MULTILINE
 )
