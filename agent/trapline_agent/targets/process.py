@@ -36,6 +36,8 @@ class ProcessFacts(NamedTuple):
     exe: str
     """Path of the program in its own mount namespace; empty where it may not be read."""
     exe_deleted: bool
+    hidden: bool
+    """True: the kernel does not let this process look at it (PTRACE_MODE_READ)."""
 
     @property
     def zombie(self) -> bool:
@@ -82,12 +84,14 @@ def facts(pid: int) -> ProcessFacts | None:
     comm = stat[stat.index(b"(") + 1 : close]
     fields = stat[close + 2 :].split()
     kernel_thread = bool(int(fields[6]) & _PF_KTHREAD)
-    exe = ""
+    exe, hidden = "", False
     if not kernel_thread:
         try:
             exe = os.readlink(f"/proc/{pid}/exe")
+        except PermissionError:
+            hidden = True
         except OSError:
-            pass  # ended, or not ours to read
+            pass  # ended, or its leader has
     return ProcessFacts(
         pid=pid,
         start_time=int(fields[19]),
@@ -100,6 +104,7 @@ def facts(pid: int) -> ProcessFacts | None:
         tracer_pid=int(_status(status, b"\nTracerPid:") or 0),
         exe=exe.removesuffix(" (deleted)"),
         exe_deleted=exe.endswith(" (deleted)"),
+        hidden=hidden,
     )
 
 
@@ -174,9 +179,11 @@ def _yama_scope() -> int:
 def may_trace(target: ProcessFacts, tracer_pid: int = 0) -> bool:
     """Says whether a tracer that runs as this process' user may attach.
 
-    Opening /proc/PID/mem asks the kernel the question that PTRACE_SEIZE will (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS), but
-    for this process; Yama's scope 1 permits a tracer its descendants too.
+    Opening /proc/PID/mem asks the kernel the question that PTRACE_SEIZE will (ptrace(2), PTRACE_MODE_ATTACH_REALCREDS),
+    but for this process; Yama's scope 1 permits a tracer its descendants too.
     """
+    if target.hidden:
+        return False
     if _may_trace_any():
         return True
     try:
@@ -190,7 +197,6 @@ def may_trace(target: ProcessFacts, tracer_pid: int = 0) -> bool:
         bool(tracer_pid)
         and _yama_scope() == 1
         and target.uid == os.getuid()
-        and target.exe != ""
         and descends_from(target.pid, tracer_pid, ppids())
     )
 
@@ -217,15 +223,10 @@ def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int
         name = f" ({other.comm})" if other else ""
         return "traced-by-other", f"process {target.pid} is traced by process {target.tracer_pid}{name}; end that first"
     if not may_trace(target, tracer_pid):
-        why = (
-            f"kernel.yama.ptrace_scope is {_yama_scope()}"
-            if target.uid == os.getuid()
-            else f"it is user {target.uid}'s"
-        )
-        return (
-            "permission",
-            f"process {target.pid} may not be traced: {why}; run the tracer as root or with CAP_SYS_PTRACE",
-        )
+        mine = target.uid == os.getuid() and _yama_scope()
+        why = f"kernel.yama.ptrace_scope is {_yama_scope()}" if mine else f"it is user {target.uid}'s, or protected"
+        hint = "run the tracer as root or with CAP_SYS_PTRACE"
+        return "permission", f"process {target.pid} may not be traced: {why}; {hint}"
     return None
 
 
