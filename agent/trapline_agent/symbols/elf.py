@@ -1,0 +1,382 @@
+"""ELF files of x86-64, read with bounds: headers, notes, and the symbol tables as arrays.
+
+The files come from anywhere, and their authors may mean harm. So every table is checked against the file's size before
+it is read, sizes are capped, and what is wrong raises ResolveError. Tables are numpy records over the sections' bytes:
+reading symbols one by one, as pyelftools does, takes seconds for a large program. Nothing is mapped: a file that shrinks
+under a mapping kills the reader.
+
+Layouts: System V ABI (gABI) chapters 4 and 5; symbol versions: the LSB's core specification, "Symbol Versioning".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trapline.errors import ResolveError, Unsupported
+
+PAGE = 4096
+_MAX_TABLE = 512 << 20
+"""Bytes of one section that are read: some browsers' string tables come near to it."""
+_MAX_SMALL = 1 << 20
+"""Bytes of notes, dynamic sections and version definitions that are read."""
+_MAX_SEGMENTS = 4096
+_MAX_EXECUTABLE = 64
+_MAX_NOTES = 16
+_MAX_SYMBOLS = 4_000_000
+
+_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+_PHDR = np.dtype(
+    [("type", "<u4"), ("flags", "<u4"), ("offset", "<u8"), ("vaddr", "<u8"), ("paddr", "<u8"), ("filesz", "<u8"),
+     ("memsz", "<u8"), ("align", "<u8")]
+)  # fmt: skip
+_SHDR = np.dtype(
+    [("name", "<u4"), ("type", "<u4"), ("flags", "<u8"), ("addr", "<u8"), ("offset", "<u8"), ("size", "<u8"),
+     ("link", "<u4"), ("info", "<u4"), ("align", "<u8"), ("entsize", "<u8")]
+)  # fmt: skip
+_SYM = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")])
+_DYN = np.dtype([("tag", "<i8"), ("value", "<u8")])
+
+_ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PF_X = 1, 2, 4, 1
+_SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
+_SHF_EXECINSTR = 4
+_DT_NULL, _DT_STRTAB, _DT_SONAME = 0, 5, 14
+_NT_GNU_BUILD_ID = 3
+_SHN_LORESERVE, _SHN_XINDEX = 0xFF00, 0xFFFF
+_VERSION_HIDDEN, _VERSION_INDEX = 0x8000, 0x7FFF
+
+NOTYPE, FUNC, IFUNC = 0, 2, 10
+"""Symbol types, gABI and the GNU extension."""
+
+_MACHINES = {3: "i386", 40: "ARM", 183: "AArch64", 243: "RISC-V", 21: "PowerPC64", 22: "S390"}
+
+Table = npt.NDArray[Any]
+
+
+class Segment(NamedTuple):
+    """An executable PT_LOAD."""
+
+    offset: int
+    """File offset of its first byte."""
+    vaddr: int
+    filesz: int
+    slack_offset: int = 0
+    """File offset of the zero bytes behind it that are mapped with its last page; nothing of the file uses them."""
+    slack_len: int = 0
+
+    @property
+    def end(self) -> int:
+        """File offset behind its last byte."""
+        return self.offset + self.filesz
+
+
+class SymbolTable(NamedTuple):
+    """One symbol table: columns of equal length. Only defined symbols in code are in it."""
+
+    names: list[str]
+    versions: list[str]
+    """Symbol version, or empty."""
+    default: npt.NDArray[np.bool_]
+    """False: only meant where the version is asked for (``name@VERSION``)."""
+    offsets: npt.NDArray[np.uint64]
+    """File offsets."""
+    sizes: npt.NDArray[np.uint64]
+    types: npt.NDArray[np.uint8]
+    binds: npt.NDArray[np.uint8]
+
+
+class ElfFile:
+    """One file, opened for as long as it takes to read it; the descriptor is the caller's."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Reads the headers.
+
+        Args:
+            fd: the file, regular.
+            path: for messages.
+
+        Raises:
+            Unsupported: it is ELF, but not of 64-bit x86-64.
+            ResolveError: it is not a well-formed program or library.
+        """
+        self._fd = fd
+        self.path = path
+        self.size = os.fstat(fd).st_size
+        head = self._read(0, min(self.size, _EHDR.size), "header")
+        if head[:4] != b"\x7fELF":
+            raise ResolveError(
+                f"{path} is not an ELF file", reason="NotElf", hint="name a program or a library, not a script"
+            )
+        if len(head) < _EHDR.size:
+            raise self._malformed("its header is cut off")
+        ident, kind, machine, _, self.entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, _ = _EHDR.unpack(
+            head
+        )
+        if ident[5] == 1 and (ident[4] != 2 or machine != _EM_X86_64):
+            name = _MACHINES.get(machine, f"machine {machine}") if machine != _EM_X86_64 else "x32"
+            raise Unsupported(f"{path} is {name} code; this release probes x86-64 alone", reason="Architecture")
+        if ident[4] != 2 or ident[5] != 1:
+            raise Unsupported(f"{path} is not 64-bit little-endian code", reason="Architecture")
+        if kind not in (_ET_EXEC, _ET_DYN):
+            raise ResolveError(
+                f"{path} is an object file or a core, which no process maps to run", reason="NotAProgram"
+            )
+        if (phnum and phentsize != _PHDR.itemsize) or phnum > _MAX_SEGMENTS:
+            raise self._malformed("its program headers are of a wrong size")
+        self._segments = self._table(phoff, phnum * _PHDR.itemsize, _PHDR, "program headers")
+        self._sections = self._section_headers(shoff, shentsize, shnum)
+        self.segments = list(self._executable())
+        if len(self.segments) > _MAX_EXECUTABLE:
+            raise self._malformed(f"it has {len(self.segments)} executable segments")
+
+    # --- reading
+
+    def _malformed(self, why: str) -> ResolveError:
+        return ResolveError(f"{self.path} is malformed: {why}", reason="MalformedElf")
+
+    def _read(self, offset: int, size: int, what: str, limit: int = _MAX_TABLE) -> bytes:
+        if size > limit:
+            raise self._malformed(f"its {what} would be {size} bytes long")
+        if offset + size > self.size:
+            raise self._malformed(f"its {what} is beyond its end")
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError as e:
+            raise ResolveError(f"{self.path} cannot be read: {e.strerror}") from e
+        if len(data) != size:
+            raise self._malformed("it changed while it was read")
+        return data
+
+    def _table(self, offset: int, size: int, dtype: np.dtype[Any], what: str, limit: int = _MAX_TABLE) -> Table:
+        data = self._read(offset, size - size % dtype.itemsize, what, limit)
+        return np.frombuffer(data, dtype)
+
+    def _section_headers(self, offset: int, entsize: int, count: int) -> Table:
+        if not offset:
+            return np.empty(0, _SHDR)
+        if entsize != _SHDR.itemsize:
+            raise self._malformed("its section headers are of a wrong size")
+        if not count:  # more than 0xff00 sections: the number is in the first one
+            count = int(self._table(offset, _SHDR.itemsize, _SHDR, "section headers")["size"][0])
+        return self._table(offset, count * _SHDR.itemsize, _SHDR, "section headers")
+
+    def read_code(self, offset: int, size: int) -> bytes:
+        """Returns the file's bytes at an offset in code. Raises ResolveError beyond the file's end."""
+        return self._read(offset, size, "code", _MAX_SMALL)
+
+    # --- segments
+
+    def _executable(self) -> Iterator[Segment]:
+        loads = self._segments[self._segments["type"] == _PT_LOAD]
+        for row in loads[(loads["flags"] & _PF_X) != 0]:
+            offset, vaddr, filesz, memsz = (int(row[name]) for name in ("offset", "vaddr", "filesz", "memsz"))
+            filesz = min(filesz, self.size - offset)
+            if filesz <= 0 or vaddr + filesz > 1 << 64:
+                continue
+            end = offset + filesz
+            stop = min(-(-end // PAGE) * PAGE, self.size)
+            behind = loads["offset"][loads["offset"] >= end]
+            if len(behind):
+                stop = min(stop, int(behind.min()))
+            slack = 0
+            if stop > end and memsz <= filesz:
+                zeros = self._read(end, stop - end, "code")
+                slack = len(zeros) - len(zeros.lstrip(b"\0"))
+            yield Segment(offset, vaddr, filesz, end if slack else 0, slack)
+
+    def segment_at(self, offset: int) -> Segment | None:
+        """Returns the executable segment that has a file offset."""
+        return next((s for s in self.segments if s.offset <= offset < s.end), None)
+
+    def file_offset(self, vaddr: int) -> int | None:
+        """Returns the file offset of a virtual address in code."""
+        return next((vaddr - s.vaddr + s.offset for s in self.segments if 0 <= vaddr - s.vaddr < s.filesz), None)
+
+    def code_sections(self) -> list[tuple[int, int]]:
+        """Returns (file offset, size) of the sections with instructions; none where their headers are stripped."""
+        rows = self._sections
+        rows = rows[((rows["flags"] & _SHF_EXECINSTR) != 0) & (rows["type"] != _SHT_NOBITS)]
+        found = sorted((int(r["offset"]), int(r["size"])) for r in rows[:_MAX_SEGMENTS])
+        return [(o, n) for o, n in found if self.segment_at(o)]
+
+    # --- identity
+
+    def build_id(self) -> str:
+        """Returns the GNU build-id in hex, or an empty string."""
+        for row in self._segments[self._segments["type"] == _PT_NOTE][:_MAX_NOTES]:
+            try:
+                notes = self._read(int(row["offset"]), int(row["filesz"]), "notes", _MAX_SMALL)
+            except ResolveError:
+                continue
+            align = 8 if row["align"] == 8 else 4
+            at = 0
+            while at + 12 <= len(notes):
+                namesz, descsz, kind = struct.unpack_from("<III", notes, at)
+                name_at = at + 12
+                desc_at = name_at + namesz + (-(12 + namesz) % align)
+                if kind == _NT_GNU_BUILD_ID and notes[name_at : name_at + namesz] == b"GNU\0" and 0 < descsz <= 64:
+                    return notes[desc_at : desc_at + descsz].hex()
+                at = desc_at + descsz + (-descsz % align)
+        return ""
+
+    def soname(self) -> str:
+        """Returns the DT_SONAME, or an empty string."""
+        for row in self._segments[self._segments["type"] == _PT_DYNAMIC][:1]:
+            try:
+                entries = self._table(int(row["offset"]), int(row["filesz"]), _DYN, "dynamic section", _MAX_SMALL)
+                tags = entries["tag"].tolist()
+                entries = entries[: tags.index(_DT_NULL)] if _DT_NULL in tags else entries
+                strings, sonames = (entries["value"][entries["tag"] == tag] for tag in (_DT_STRTAB, _DT_SONAME))
+                if not len(strings) or not len(sonames):
+                    return ""
+                at = self._any_offset(int(strings[0]))
+                if at is None:
+                    return ""
+                at += int(sonames[0])
+                if at >= self.size:
+                    return ""
+                return (
+                    self._read(at, min(256, self.size - at), "strings")
+                    .split(b"\0", 1)[0]
+                    .decode("utf-8", "backslashreplace")
+                )
+            except (ResolveError, OverflowError):
+                return ""
+        return ""
+
+    def _any_offset(self, vaddr: int) -> int | None:
+        for row in self._segments[self._segments["type"] == _PT_LOAD]:
+            if 0 <= vaddr - int(row["vaddr"]) < int(row["filesz"]):
+                return vaddr - int(row["vaddr"]) + int(row["offset"])
+        return None
+
+    # --- symbols
+
+    @property
+    def has_symtab(self) -> bool:
+        """False: it was stripped."""
+        return bool((self._sections["type"] == _SHT_SYMTAB).any())
+
+    def symbols(self) -> SymbolTable | None:
+        """Returns .symtab's symbols in code, or None where there is none. Raises ResolveError where it is malformed."""
+        return self._symbols(_SHT_SYMTAB, lambda count: None)
+
+    def dynamic_symbols(self) -> SymbolTable | None:
+        """Returns .dynsym's symbols in code, with their versions. Raises ResolveError where it is malformed."""
+        return self._symbols(_SHT_DYNSYM, self._version_numbers)
+
+    def imports(self) -> frozenset[str]:
+        """Returns the names of functions that other files must define, as .dynsym has them."""
+        found = self._symbol_rows(_SHT_DYNSYM)
+        if found is None:
+            return frozenset()
+        table, strings = found
+        undefined = (table["shndx"] == 0) & (table["name"] != 0) & (table["name"] < len(strings))
+        undefined &= np.isin(table["info"] & 15, (NOTYPE, FUNC))
+        return frozenset(self._names(table["name"][undefined], strings))
+
+    def _symbol_rows(self, kind: int) -> tuple[Table, Table] | None:
+        """Returns the first symbol table of a section type, and its strings' bytes."""
+        found = self._sections[self._sections["type"] == kind]
+        if not len(found):
+            return None
+        table = self._table(int(found[0]["offset"]), int(found[0]["size"]), _SYM, "symbol table")
+        link = int(found[0]["link"])
+        if link >= len(self._sections):
+            raise self._malformed("its symbol table has no names")
+        names = self._sections[link]
+        return table, self._table(int(names["offset"]), int(names["size"]), np.dtype("u1"), "symbol names")
+
+    def _symbols(self, kind: int, numbers: Callable[[int], npt.NDArray[np.uint16] | None]) -> SymbolTable | None:
+        found = self._symbol_rows(kind)
+        if found is None:
+            return None
+        table, strings = found
+        versions = numbers(len(table))
+        offsets, in_code = self._code_offsets(table)
+        in_code &= table["name"] < len(strings)
+        keep = np.flatnonzero(in_code)
+        if len(keep) > _MAX_SYMBOLS:
+            raise ResolveError(f"{self.path} has {len(keep)} symbols, too many to read", reason="TooLarge")
+        table, offsets = table[keep], offsets[keep]
+        texts = self._names(table["name"], strings)
+        if versions is None:
+            labels, default = [""] * len(texts), np.ones(len(texts), np.bool_)
+            for i, text in enumerate(texts):  # a static link leaves the version in the name
+                if "@" in text:
+                    texts[i], _, version = text.partition("@")
+                    default[i] = version[:1] == "@" or not version
+                    labels[i] = version.lstrip("@")
+        else:
+            versions = versions[keep]
+            definitions = self._version_names()
+            labels = [definitions.get(n, "") for n in (versions & _VERSION_INDEX).tolist()]
+            default = (versions & _VERSION_HIDDEN) == 0
+        kinds, binds = (column.astype(np.uint8) for column in (table["info"] & 15, table["info"] >> 4))
+        return SymbolTable(texts, labels, default, offsets, table["size"], kinds, binds)
+
+    def _code_offsets(self, table: Table) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+        """Returns file offsets, and which symbols are defined, of a type that code has, and in an executable segment."""
+        kinds = table["info"] & 15
+        keep = np.isin(kinds, (NOTYPE, FUNC, IFUNC)) & (table["shndx"] != 0) & (table["name"] != 0)
+        index = table["shndx"].astype(np.intp)
+        executable = np.zeros(0x10000, np.bool_)
+        executable[_SHN_XINDEX] = True
+        flags = (self._sections["flags"] & _SHF_EXECINSTR) != 0
+        executable[: min(len(flags), _SHN_LORESERVE)] = flags[:_SHN_LORESERVE]
+        keep &= executable[index]
+        offsets = np.zeros(len(table), np.uint64)
+        inside = np.zeros(len(table), np.bool_)
+        for s in self.segments:
+            here = (table["value"] >= np.uint64(s.vaddr)) & (table["value"] - np.uint64(s.vaddr) < np.uint64(s.filesz))
+            offsets[here] = table["value"][here] - np.uint64(s.vaddr) + np.uint64(s.offset)
+            inside |= here
+        return offsets, keep & inside
+
+    def _names(self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]) -> list[str]:
+        if not len(starts):
+            return []
+        nuls = np.flatnonzero(strings == 0)
+        which = np.searchsorted(nuls, starts)
+        if not len(nuls) or int(which.max()) >= len(nuls):
+            raise self._malformed("a symbol's name does not end")
+        ends = nuls[which]
+        # Names may share bytes, but honest ones do not share them often.
+        if int((ends - starts).sum()) > 8 * len(strings) + _MAX_SMALL:
+            raise self._malformed("its symbols' names are too long")
+        data = strings.tobytes()
+        spans = zip(starts.tolist(), ends.tolist(), strict=True)
+        return [data[a:b].decode("utf-8", "backslashreplace") for a, b in spans]
+
+    def _version_numbers(self, count: int) -> npt.NDArray[np.uint16] | None:
+        found = self._sections[self._sections["type"] == _SHT_VERSYM]
+        if not len(found):
+            return None
+        numbers = self._table(int(found[0]["offset"]), int(found[0]["size"]), np.dtype("<u2"), "symbol versions")
+        return numbers if len(numbers) == count else None
+
+    def _version_names(self) -> dict[int, str]:
+        """Returns the defined versions by number: .gnu.version_d."""
+        found = self._sections[self._sections["type"] == _SHT_VERDEF]
+        names: dict[int, str] = {}
+        if not len(found) or int(found[0]["link"]) >= len(self._sections):
+            return names
+        data = self._read(int(found[0]["offset"]), int(found[0]["size"]), "symbol versions", _MAX_SMALL)
+        link = self._sections[int(found[0]["link"])]
+        strings = self._read(int(link["offset"]), int(link["size"]), "strings")
+        at = 0
+        while at + 20 <= len(data):
+            _, flags, index, _, _, aux, following = struct.unpack_from("<HHHHIII", data, at)
+            if at + aux + 4 <= len(data) and not flags & 1:  # flag 1: the file's own name
+                (name,) = struct.unpack_from("<I", data, at + aux)
+                names[index] = strings[name : name + 256].split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+            if not following:
+                break
+            at += following
+        return names
