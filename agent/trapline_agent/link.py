@@ -175,10 +175,8 @@ class Link:
                 finally:
                     sender.cancel()
                     beat.cancel()
-        except* ConnectionClosed as group:
-            raise _first(group) from None
-        except* TraplineError as group:
-            raise _first(group) from None
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
 
     @staticmethod
     def _parse(frame: str | bytes) -> m.Welcome | m.Desired | m.Request | m.Ack | m.Heartbeat | m.LinkError:

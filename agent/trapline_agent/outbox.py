@@ -34,6 +34,7 @@ class Outbox:
     """Bounded queue of encoded batches with at-least-once sequences. Belongs to one event loop.
 
     Attributes:
+        empty: set while everything that was put is acknowledged or dropped.
         ready: set whenever there may be something for ``next`` or ``take_drops``; the link clears it before it looks.
         dropped: hits dropped here since the start, by probe: the ``agent-outbox`` part of a probe's counters.
     """
@@ -50,6 +51,8 @@ class Outbox:
         self._last_seq = 0
         self._notices: dict[tuple[str, str], int] = {}
         self.ready = asyncio.Event()
+        self.empty = asyncio.Event()
+        self.empty.set()
         self.dropped: dict[str, int] = {}
 
     @property
@@ -57,17 +60,19 @@ class Outbox:
         """Bytes held, waiting and in flight."""
         return self._waiting_bytes + self._flight_bytes
 
-    @property
-    def empty(self) -> bool:
-        """True when everything that was put was acknowledged or dropped."""
-        return not self._waiting and not self._flight
-
     def put(self, batch: bytes) -> None:
         """Adds an encoded batch; drops the oldest waiting ones where the bound is exceeded, this one if it must be."""
         self._waiting.append(batch)
         self._waiting_bytes += len(batch)
         while self._waiting and self.size_bytes > self._capacity:
             self._drop(self._waiting.popleft())
+        self._moved()
+
+    def _moved(self) -> None:
+        if self._waiting or self._flight:
+            self.empty.clear()
+        else:
+            self.empty.set()
         self.ready.set()
 
     def _drop(self, batch: bytes) -> None:
@@ -103,7 +108,7 @@ class Outbox:
         while self._flight and self._flight[0][0] <= link_seq:
             self._flight_bytes -= len(self._flight.popleft()[1])
         self._resend = min(self._resend, len(self._flight))
-        self.ready.set()
+        self._moved()
 
     def rewind(self, link_seq: int) -> None:
         """A new connection: the service has everything up to ``link_seq``; what flew beyond is to be sent again."""

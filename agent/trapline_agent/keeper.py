@@ -1,0 +1,168 @@
+"""Keeps a tracer: joins one that runs, or starts one and starts another when it dies.
+
+A tracer that the agent starts is in a session of its own: it outlives the agent's death by its lease, and takes every
+breakpoint out then. A clean stop asks it to do so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from trapline.errors import TraplineError, Unavailable
+from trapline_agent.tracer.client import Event, TracerClient, spawn_tracer
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.2
+_MAX_PAUSE_S = 5.0
+_END_TIMEOUT_S = 10.0
+
+
+class Listener(Protocol):
+    """Whom the keeper tells; ``trapline_agent.reconcile.Reconciler`` is one."""
+
+    def tracer_up(self, tracer: TracerClient) -> None: ...
+
+    def tracer_lost(self, why: TraplineError) -> None: ...
+
+    def handle(self, event: Event) -> None: ...
+
+
+class TracerKeeper:
+    """One tracer after the other. All methods belong to one event loop.
+
+    Attributes:
+        client: the tracer's connection; None while there is none.
+        spawned: whether the tracer is of our own making.
+    """
+
+    def __init__(
+        self,
+        *,
+        host_id: str,
+        socket: Path | None = None,
+        args: Sequence[str] = (),
+        log_file: Path | None = None,
+        lease_s: float = 30.0,
+        self_pids: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            host_id: the host's id, for the headers of hit batches.
+            socket: a tracer's socket to join; None starts a tracer.
+            args: further arguments for a tracer that is started.
+            log_file: its log; None is our standard error.
+            lease_s: seconds after which the tracer takes everything out when it does not hear of us.
+            self_pids: processes that are never to be probed, beside this one.
+        """
+        self._host_id = host_id
+        self._join = socket
+        self._args = args
+        self._log_file = log_file
+        self._lease_s = lease_s
+        self._self_pids = list(self_pids)
+        self._directory: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self._kept = asyncio.Event()
+        self._kept.set()
+        self.client: TracerClient | None = None
+
+    @property
+    def spawned(self) -> bool:
+        return self._join is None
+
+    async def start(self) -> TracerClient:
+        """Starts or joins a tracer. Raises Unavailable or ProtocolError where that cannot be."""
+        if self._join is not None:
+            self.client = await self._connect(self._join)
+        else:
+            if self._directory is None:
+                # A socket's path holds 107 bytes at most (unix(7)), so it lives in a short place of its own, mode 0700.
+                self._directory = Path(tempfile.mkdtemp(prefix="trapline-"))
+            socket = self._directory / "tracer.sock"
+            self._process = spawn_tracer(socket, log=self._log_file, args=self._args)
+            try:
+                self.client = await self._connect(socket)
+            except BaseException:
+                # It holds nothing yet, so it may simply be ended.
+                self._process.terminate()
+                self._process.wait(_END_TIMEOUT_S)
+                raise
+        return self.client
+
+    async def _connect(self, socket: Path) -> TracerClient:
+        return await TracerClient.connect(
+            socket, host=self._host_id, lease_s=self._lease_s, self_pids=self._self_pids, process=self._process
+        )
+
+    async def keep(self, listener: Listener, on_hits: Callable[[bytes], None]) -> None:
+        """Passes on what the tracer says, and gets another tracer when it ends; from ``start`` to ``stop``.
+
+        Args:
+            listener: told of tracers that come and go, and of events.
+            on_hits: takes an encoded hit batch.
+        """
+        pause = _FIRST_PAUSE_S
+        self._kept.clear()
+        try:
+            while (client := self.client) is not None:
+                listener.tracer_up(client)
+                async for item in client.events():
+                    pause = _FIRST_PAUSE_S
+                    if isinstance(item, bytes):
+                        on_hits(item)
+                    else:
+                        listener.handle(item)
+                if self._stopping:
+                    return
+                self.client = None
+                why = Unavailable(await self._obituary(), hint="the agent is getting another one")
+                log.error("%s", why)
+                listener.tracer_lost(why)
+                await client.close()
+                while self.client is None and not self._stopping:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _MAX_PAUSE_S)
+                    try:
+                        await self.start()
+                    except (TraplineError, OSError) as e:
+                        log.error("no tracer: %s", e)
+        finally:
+            self._kept.set()
+
+    async def _obituary(self) -> str:
+        if self._process is None:
+            return f"the tracer on {self._join} closed the connection"
+        try:
+            status = await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"the tracer (pid {self._process.pid}) closed the connection"
+        return f"the tracer (pid {self._process.pid}) ended with status {status}"
+
+    async def stop(self) -> None:
+        """Ends the connection; a tracer that we started takes everything out, and has ended on return.
+
+        What it said until then was passed on, if ``keep`` still runs.
+        """
+        self._stopping = True
+        if self.client is not None:
+            await (self.client.shutdown() if self.spawned else self.client.close())
+            await self._kept.wait()
+            self.client = None
+        if self._process is not None:
+            try:
+                await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                # Never killed from here: it may hold breakpoints, which are fatal to their programs once it is dead.
+                log.error("the tracer (pid %d) does not end; it is left to finish", self._process.pid)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None

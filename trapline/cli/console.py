@@ -1,0 +1,153 @@
+"""What all commands say and how: results on standard output, everything else on standard error.
+
+A result is a table for people, or with ``--json`` one JSON document (one a line for streams). An error is one line that
+says what happened, to what, and what to do next; below it the probe text with a caret where there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from trapline.errors import TraplineError
+
+T = TypeVar("T")
+
+EXIT_ERROR = 2
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one document a line where there are several.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", envvar="TRAPLINE_URL", help="The service [default: the one on this machine].", show_default=False),
+]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", envvar="TRAPLINE_TOKEN", help="Its token [default: this machine's own].", show_default=False),
+]
+
+
+def print_json(value: object) -> None:
+    """Writes one line of JSON on standard output."""
+    sys.stdout.buffer.write(msgspec.json.encode(_plain(value)) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, console: Console = out) -> None:
+    """Writes a table without lines; numbers are right-aligned."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, heading in enumerate(headings):
+        numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    # Names come from other people's programs: their brackets are not markup.
+    return str(value).replace("[", r"\[")
+
+
+def note(text: str) -> None:
+    """Writes a line for people on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_error(error: TraplineError) -> None:
+    """Writes an error as its one line, and the place in the probe text."""
+    note(f"trapline: {error}")
+    if caret := error.caret():
+        note("\n".join(f"  {line}" for line in caret.splitlines()))
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows that something takes its time, on standard error, where that is a terminal.
+
+    Yields:
+        A function that changes the text.
+    """
+    if not err.is_terminal:
+        yield lambda _: None
+        return
+    with err.status(text) as status:
+        yield lambda new: status.update(new)
+
+
+def microseconds(ns: float | None) -> str:
+    """Returns nanoseconds as text in microseconds; ``-`` for None or nothing."""
+    return f"{ns / 1000:.1f} us" if ns else "-"
+
+
+def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+    """Runs a coroutine until it ends, or until SIGINT or SIGTERM cancel it; then its own clean-up ends first.
+
+    Returns:
+        Its result, or None where a signal ended it.
+
+    Raises:
+        TraplineError: as the coroutine did, alone or in a group.
+    """
+
+    async def body() -> T | None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work())
+        interrupted = False
+
+        def interrupt() -> None:
+            # Once is enough: a second signal must not cut short what restores the traced programs.
+            nonlocal interrupted
+            if not interrupted:
+                interrupted = True
+                task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if interrupted:
+                return None
+            raise
+
+    try:
+        return asyncio.run(body())
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+
+
+def first_error(group: BaseException) -> BaseException:
+    """Returns the first error of a group that we can explain, or else the first."""
+    leaves = list(_leaves(group))
+    return next((e for e in leaves if isinstance(e, TraplineError)), leaves[0])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,324 @@
+"""Commands that talk to a service: probes, hits, hosts, processes, symbols."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from trapline.cli.console import Json, Token, Url, microseconds, note, out, print_json, print_table, progress
+from trapline.cli.rows import format_hit
+from trapline.client import Client, Gap
+from trapline.errors import NotFound
+from trapline.model import Phase, Probe, Resolution, Target, TargetState
+
+probe_app = typer.Typer(help="Add, list, show and remove probes.", no_args_is_help=True)
+
+ProbeText = Annotated[str, typer.Argument(metavar="PROBE", help="Such as 'redis-server:processCommand {arg0}'.")]
+ProbeName = Annotated[str, typer.Argument(metavar="PROBE", help="A probe's name or id.")]
+
+
+@probe_app.command("add")
+def add(
+    text: ProbeText,
+    name: Annotated[str, typer.Option(help="Its name [default: the symbol].", show_default=False)] = "",
+    ttl: Annotated[float, typer.Option(help="Minutes until it expires; 0 keeps it until it is removed.")] = 60.0,
+    max_hits: Annotated[int | None, typer.Option("-n", "--max-hits", min=1, help="Take it out after so many.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be given several times.")] = None,
+    allow_offline: Annotated[bool, typer.Option(help="Accept it though no host for it is online.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is armed.")] = False,
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Create a probe, and wait until it is armed."""
+    labels = dict(_pair(item) for item in label or [])
+    with Client(url, token) as client:
+        with progress("resolving"):
+            probe = client.create_probe(
+                text,
+                name=name,
+                ttl_s=round(ttl * 60) or None,
+                labels=labels,
+                max_hits=max_hits,
+                allow_offline=allow_offline,
+            )
+        if not no_wait and not allow_offline:
+            with progress("arming"):
+                probe = client.wait(probe.id)
+        if json:
+            print_json(probe)
+        else:
+            _print_probes([probe])
+            _print_conditions(probe)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+@probe_app.command("list")
+def list_(json: Json = False, url: Url = None, token: Token = None) -> None:
+    """List the probes."""
+    with Client(url, token) as client:
+        probes = client.probes()
+    if json:
+        print_json(probes)
+    elif probes:
+        _print_probes(probes)
+    else:
+        note("no probes; add one with `trapline probe add PROBE`")
+
+
+@probe_app.command("show")
+def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Show a probe: its state, and every process it is armed in, or is not and why."""
+    with Client(url, token) as client:
+        found = client.probe(probe)
+        targets = client.targets(found.id)
+    if json:
+        print_json({"probe": found.model_dump(mode="json"), "targets": [t.model_dump(mode="json") for t in targets]})
+        return
+    status = found.status
+    counters = status.counters
+    facts = [
+        ("name", found.name),
+        ("id", found.id),
+        ("probe", found.spec.text),
+        ("phase", status.phase.value),
+        ("armed", f"{status.coverage.armed} of {status.coverage.eligible} processes"),
+        ("hits", f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)})"),
+        ("overhead", f"{microseconds(status.overhead_ns)} a hit"),
+        ("created", f"{_time(found.created_at)}{f' by {found.created_by}' if found.created_by else ''}"),
+        ("expires", _time(found.expires_at)),
+    ]
+    for key, value in facts:
+        out.print(f"[bold]{key:9}[/]", value, markup=key != "probe")
+    _print_conditions(found)
+    if targets:
+        out.print()
+        _print_targets(targets)
+
+
+@probe_app.command("rm")
+def rm(
+    probes: Annotated[list[str], typer.Argument(metavar="PROBE...", help="Names or ids.")],
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until its breakpoints are out.")] = False,
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Remove probes, and wait until their breakpoints are out of every process."""
+    with Client(url, token) as client:
+        for name in probes:
+            with progress(f"taking {name} out"):
+                probe = client.delete_probe(name, wait=not no_wait)
+            if json:
+                print_json(probe)
+            else:
+                note(f"{probe.name}: {'leaving' if no_wait else 'removed'}, {probe.status.counters.hits:,} hits")
+
+
+@probe_app.command("resolve")
+def resolve(text: ProbeText, json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Say what a probe would do, and do nothing."""
+    with Client(url, token) as client, progress("resolving"):
+        resolution = client.resolve(text)
+    if json:
+        print_json(resolution)
+    else:
+        _print_resolution(resolution)
+
+
+def hits(
+    probes: Annotated[list[str] | None, typer.Argument(metavar="[PROBE]...", help="Names or ids; none: all.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Show hits as they come, until Ctrl-C.")] = False,
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1, help="So many recorded ones.")] = 20,
+    host: Annotated[str, typer.Option(help="Of this host only.")] = "",
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Show recorded hits, or with --follow those that come."""
+    with Client(url, token) as client:
+        names = {p.id: p.name for p in client.probes()}
+        wanted = probes or []
+        for name in wanted:
+            if name not in names and name not in names.values():
+                names |= {(found := client.probe(name)).id: found.name}
+        if not follow:
+            found = [hit for name in wanted or [""] for hit in client.hits(name, host=host, limit=limit)]
+            found.sort(key=lambda hit: int(hit.ts_ns))
+            for hit in found[-limit:]:
+                if json:
+                    print_json(hit)
+                else:
+                    print(format_hit(hit, names.get(hit.probe, hit.probe)))
+            return
+        try:
+            for item in client.stream(wanted or None, [host] if host else None):
+                if json:
+                    print_json({"gap" if isinstance(item, Gap) else "hit": item.model_dump(mode="json")})
+                elif isinstance(item, Gap):
+                    print(f"... {item.count:,} hits of {names.get(item.probe, item.probe)} lost ({item.stage})", flush=True)
+                else:
+                    if item.probe not in names:
+                        names |= _name_of(client, item.probe)
+                    print(format_hit(item, names.get(item.probe, item.probe)), flush=True)
+        except KeyboardInterrupt:
+            return
+
+
+def _name_of(client: Client, probe: str) -> dict[str, str]:
+    try:
+        return {probe: client.probe(probe).name}
+    except NotFound:
+        return {probe: probe}
+
+
+def hosts(json: Json = False, url: Url = None, token: Token = None) -> None:
+    """List the hosts and what can be done on each."""
+    with Client(url, token) as client:
+        found = client.hosts()
+    if json:
+        print_json(found)
+        return
+    if not found:
+        note("no hosts; start an agent with `trapline agent`")
+        return
+    rows = [
+        (
+            host.facts.name,
+            "online" if host.online else "offline",
+            host.process_count,
+            ", ".join(e.name for e in host.facts.engines if e.available) or "none",
+            f"{host.facts.kernel} {host.facts.arch}",
+            host.facts.agent_user,
+            host.id,
+        )
+        for host in found
+    ]
+    print_table(("HOST", "STATE", "PROCESSES", "ENGINES", "KERNEL", "USER", "ID"), rows)
+
+
+def processes(
+    host: Annotated[str, typer.Argument(metavar="[HOST]", help="Its name or id; none: all hosts.")] = "",
+    filter: Annotated[str, typer.Option(help="Text in name, command line, user or pid.")] = "",
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """List the processes of a host."""
+    with Client(url, token) as client:
+        wanted = [h for h in client.hosts() if h.online and host in ("", h.id, h.facts.name)]
+        if host and not wanted:
+            raise NotFound(f"no host {host} is online", hint="see `trapline hosts`")
+        found = [(h, p) for h in wanted for p in client.processes(h.id, filter)]
+    if json:
+        for _, process in found:
+            print_json(process)
+        return
+    rows = [
+        (h.facts.name, str(p.pid), p.user or p.uid, p.threads, "yes" if p.eligible else p.reason, p.cmdline[:80] or f"[{p.comm}]")
+        for h, p in found
+    ]
+    print_table(("HOST", "PID", "USER", "THREADS", "ELIGIBLE", "COMMAND"), rows)
+
+
+def symbols(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Part of a symbol's name.")],
+    module: Annotated[str, typer.Option(help="Path or basename of a file; none: all that are mapped.")] = "",
+    host: Annotated[str, typer.Option(help="On this host only.")] = "",
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1)] = 50,
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Search the symbols that a probe could name."""
+    with Client(url, token) as client, progress("searching"):
+        pages = client.symbols(query, module=module, host=host, limit=limit)
+    if json:
+        print_json(pages)
+        return
+    rows = [(s.name, s.module, s.size, s.bind, page.host) for page in pages for s in page.symbols]
+    for page in pages:
+        if page.error:
+            note(f"{page.host}: {page.error.get('detail', 'failed')}")
+    if rows:
+        print_table(("SYMBOL", "MODULE", "SIZE", "BIND", "HOST"), rows)
+    else:
+        note(f"no symbol like {query!r}")
+
+
+# --- how things look -------------------------------------------------------------------------------------------------
+
+
+def _print_probes(probes: list[Probe]) -> None:
+    rows = []
+    for probe in probes:
+        status = probe.status
+        rows.append(
+            (
+                probe.name,
+                status.phase.value,
+                f"{status.coverage.armed}/{status.coverage.eligible}",
+                status.counters.hits,
+                status.counters.dropped,
+                microseconds(status.overhead_ns),
+                probe.spec.text,
+            )
+        )
+    print_table(("NAME", "PHASE", "ARMED", "HITS", "DROPPED", "OVERHEAD", "PROBE"), rows)
+
+
+def _print_conditions(probe: Probe) -> None:
+    for condition in probe.status.conditions:
+        if condition.message and (condition.status != "True" or probe.status.phase is Phase.ERROR):
+            note(f"{condition.type}: {condition.message}")
+
+
+def _print_targets(targets: list[Target]) -> None:
+    rows = [
+        (
+            t.host,
+            str(t.pid),
+            t.comm,
+            t.state.value,
+            f"{t.module}+{t.offset:#x}",
+            f"{t.addr:#x}" if t.addr else "-",
+            t.cause.value + (" (may have missed)" if t.may_have_missed else ""),
+            t.message or t.reason,
+        )
+        for t in targets
+    ]
+    print_table(("HOST", "PID", "COMM", "STATE", "SITE", "ADDRESS", "CAUSE", "WHY NOT"), rows)
+
+
+def _print_resolution(resolution: Resolution) -> None:
+    out.print("[bold]probe[/]", end="  ")
+    out.print(resolution.spec.text, markup=False)
+    for host in resolution.hosts:
+        out.print(f"[bold]host[/]   {host.host}")
+        if host.error:
+            out.print(f"  {host.error.get('detail', 'failed')}", markup=False)
+        for site in host.sites:
+            why = site.refused.get("detail", "refused") if site.refused else f"{site.instruction}  ({site.step})"
+            at = f"{site.symbol}+{site.symbol_offset:#x}" if site.symbol_offset else site.symbol
+            out.print(f"  {site.module}:{at}  {site.offset:#x}  {why}", markup=False)
+        able = [t for t in host.targets if t.state is TargetState.ARMED]
+        out.print(f"  {len(able)} processes would be armed, {len(host.targets) - len(able)} not")
+        for target in host.targets:
+            if target not in able:
+                out.print(f"    {target.pid} {target.comm}: {target.message or target.reason}", markup=False)
+
+
+def _time(moment: datetime | None) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else "never"
+
+
+def _reasons(by_reason: dict[str, int]) -> str:
+    return "".join(f", {count:,} {reason}" for reason, count in by_reason.items() if count)

@@ -1,0 +1,327 @@
+"""What ``trapline trace`` does: a tracer of its own, a reconciler over it, and a thread that writes the lines.
+
+The event loop never waits for the terminal: it renews the tracer's lease, and a reader that stops reading (a pager, a
+full pipe) must not end that. Batches wait for the writer in an outbox-like queue bounded in bytes; what does not fit is
+dropped and counted, as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from trapline.cli.console import EXIT_ERROR, err, first_error, microseconds, note, print_table, progress
+from trapline.cli.rows import Lines
+from trapline.errors import NotFound, SpecError, TraplineError
+from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
+from trapline.protocol.hits import HitBatch, decode
+from trapline.spec import format_probe, parse_probe, require_supported
+from trapline_agent.keeper import TracerKeeper
+from trapline_agent.reconcile import ProbeRun, Reconciler
+from trapline_agent.resolve import Resolver
+from trapline_agent.tracer import messages as t
+from trapline_agent.tracer.client import Event
+
+_WAITING_BYTES = 64 * 1024 * 1024
+_STAGE = "terminal"
+
+
+@dataclass
+class Options:
+    """What the command line asked for."""
+
+    texts: Sequence[str]
+    command: Sequence[str] = ()
+    pid: int | None = None
+    name: str = ""
+    max_hits: int | None = None
+    duration_s: float | None = None
+    wait: bool = False
+    output: Path | None = None
+    json: bool = False
+
+
+class Writer:
+    """Writes batches as lines, in a thread of its own.
+
+    Attributes:
+        shown: hits written so far.
+        dropped: hits that the reader was too slow for, by probe.
+        ended: set when the reader has gone (a closed pipe), or ``limit`` hits are written.
+    """
+
+    def __init__(self, file: IO[bytes], *, json: bool, limit: int | None) -> None:
+        self._file = file
+        self._lines = Lines()
+        self._json = json
+        self._limit = limit
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0
+        self._more = threading.Condition()
+        self._closing = False
+        self._loop = asyncio.get_running_loop()
+        self.shown = 0
+        self.dropped: dict[str, int] = {}
+        self.ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def put(self, batch: bytes) -> None:
+        """Takes an encoded batch; called on the event loop, never waits."""
+        with self._more:
+            if self._bytes + len(batch) > _WAITING_BYTES:
+                header = decode(batch).header
+                self.dropped[header.probe] = self.dropped.get(header.probe, 0) + header.count
+                return
+            self._waiting.append(batch)
+            self._bytes += len(batch)
+            self._more.notify()
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._next()) is not None:
+                self._write(decode(batch))
+                if not self._waiting:
+                    self._file.flush()
+                if self._limit is not None and self.shown >= self._limit:
+                    break
+            self._file.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # the reader has enough
+        except OSError as e:
+            note(f"trapline: {e.strerror}: the hits cannot be written")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.ended.set)
+
+    def _next(self) -> bytes | None:
+        with self._more:
+            while not self._waiting:
+                if self._closing:
+                    return None
+                self._more.wait()
+            batch = self._waiting.popleft()
+            self._bytes -= len(batch)
+            return batch
+
+    def _write(self, batch: HitBatch) -> None:
+        rows = batch.header.count
+        if self._limit is not None:
+            rows = min(rows, self._limit - self.shown)
+        if rows > 0:
+            text = self._lines.ndjson(batch, rows) if self._json else self._lines.text(batch, rows)
+            self._file.write(text.encode())
+            self.shown += rows
+
+    async def close(self) -> None:
+        """Writes what waits, and ends."""
+        with self._more:
+            self._closing = True
+            self._more.notify()
+        await asyncio.to_thread(self._thread.join)
+
+
+@dataclass
+class Traced:
+    """One probe of the session."""
+
+    run: ProbeRun
+    processes: set[tuple[int, int]] = field(default_factory=set)
+    """(pid, start time) of every process that it was ever armed in."""
+
+
+class Session:
+    """One ``trapline trace``; ``run`` is its life."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._host = socket.gethostname()
+        self._specs = [self._spec(text) for text in options.texts]
+        self._keeper = TracerKeeper(host_id=self._host)
+        self._probes: dict[str, Traced] = {}
+        self._reconciler: Reconciler
+        self._writer: Writer
+        self._command_pid = 0
+        self._interrupts = 0
+        self._ending = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.status = 0
+
+    def _spec(self, text: str) -> ProbeSpec:
+        """Raises SpecError for a text that is wrong, Unsupported for one that this release cannot do."""
+        spec = parse_probe(text)
+        require_supported(spec)
+        for key, value in (("pid", self._options.pid), ("comm", self._options.name)):
+            if value:
+                if spec.where.get(key, str(value)) != str(value):
+                    raise SpecError(f"the probe says {key}={spec.where[key]} and the command line {value}", text=text)
+                spec.where[key] = str(value)
+        return spec
+
+    # --- events of the tracer -----------------------------------------------------------------------------------------
+
+    def tracer_up(self, tracer: object) -> None:
+        """The session has its tracer already, and it gets no other one: see ``tracer_lost``."""
+
+    def tracer_lost(self, why: TraplineError) -> None:
+        raise why
+
+    def handle(self, event: Event) -> None:
+        self._reconciler.handle(event)
+        if isinstance(event, t.Exited) and event.pid == self._command_pid:
+            self.status = event.status if event.status >= 0 else 128 - event.status
+            self._ending.set()
+        elif isinstance(event, t.Targets) and (traced := self._probes.get(event.probe)):
+            traced.processes |= {(s.pid, s.start_time) for s in event.targets if s.state == "armed"}
+        elif isinstance(event, t.Completed) and all(p.run.completed for p in self._probes.values()):
+            self._ending.set()
+
+    # --- the course of it ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Traces until the end; returns the exit status."""
+        options = self._options
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, number)
+        file = options.output.open("wb") if options.output else os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+        with file:
+            self._writer = Writer(file, json=options.json, limit=options.max_hits)
+            try:
+                with progress("starting a tracer"):
+                    tracer = await self._keeper.start()
+                try:
+                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid))
+                finally:
+                    await self._keeper.stop()
+            finally:
+                await self._writer.close()
+                if self._probes:
+                    self._summary()
+        return self.status
+
+    def _interrupt(self, number: int) -> None:
+        self._interrupts += 1
+        if self._command_pid and self._interrupts == 1 and self._keeper.client is not None:
+            # As in a shell, it is the command that Ctrl-C is for; we end when it does.
+            self._send(number)
+        else:
+            self._ending.set()
+
+    def _send(self, number: int) -> None:
+        client = self._keeper.client
+        assert client is not None
+        self._signalling = asyncio.get_running_loop().create_task(client.signal(self._command_pid, number))
+
+    async def _trace(self, resolver: Resolver) -> None:
+        tracer = self._keeper.client
+        assert tracer is not None
+        if not tracer.ready.available:
+            raise TraplineError(f"the {tracer.ready.engine} engine does not work here: {tracer.ready.reason}")
+        async with asyncio.TaskGroup() as tasks:
+            self._reconciler = Reconciler(
+                host_id=self._host, resolver=resolver, tasks=tasks, changed=lambda _: self._changed.set()
+            )
+            self._reconciler.tracer_up(tracer)
+            tasks.create_task(self._keeper.keep(self, self._writer.put), name="tracer")
+            try:
+                if self._options.command:
+                    self._command_pid = await tracer.launch(self._options.command)
+                    for spec in self._specs:
+                        spec.where.setdefault("tree", str(self._command_pid))
+                await self._begin()
+                if self._command_pid:
+                    await tracer.release(self._command_pid)
+                await self._until_the_end()
+            finally:
+                await self._reconciler.remove_all()
+                await self._keeper.stop()
+
+    async def _begin(self) -> None:
+        with progress("resolving and arming"):
+            for number, spec in enumerate(self._specs, 1):
+                probe = spec.name or (format_probe(spec) if len(self._specs) == 1 else f"{number}: {format_probe(spec)}")
+                desired = DesiredProbe(id=probe, spec=spec, limits=ProbeLimits(max_hits=self._options.max_hits))
+                self._probes[probe] = Traced(self._reconciler.upsert(desired))
+            for traced in self._probes.values():
+                await traced.run.settled.wait()
+        for traced in self._probes.values():
+            self._check(traced.run)
+
+    def _check(self, run: ProbeRun) -> None:
+        """Says what a probe waits for. Raises where waiting is of no use."""
+        spec = run.desired.spec
+        error = run.error
+        may_come = not self._options.pid or self._options.wait
+        if error is not None and not (isinstance(error, NotFound) and error.reason == "NoObject" and may_come):
+            raise error
+        targets = list(run.targets.values())
+        armed = sum(target.state is TargetState.ARMED for target in targets)
+        refused = [target for target in targets if target.state is TargetState.REFUSED]
+        if armed:
+            note(f"{format_probe(spec)}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")
+        elif refused and not may_come:
+            raise TraplineError(refused[0].message or refused[0].reason, reason=refused[0].reason)
+        elif not may_come:
+            raise NotFound(
+                f"process {self._options.pid} does not map {spec.object}",
+                hint="with --wait the probe is armed when it does",
+            )
+        elif not self._command_pid:
+            note(f"waiting for a process that maps {spec.object}{_but(refused)}")
+
+    async def _until_the_end(self) -> None:
+        ends = [asyncio.ensure_future(self._ending.wait()), asyncio.ensure_future(self._writer.ended.wait())]
+        try:
+            await asyncio.wait(ends, timeout=self._options.duration_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+
+    def _summary(self) -> None:
+        rows = []
+        for probe, traced in self._probes.items():
+            stats = traced.run.stats
+            lost = sum(stats.drops.values()) if stats else 0
+            rows.append(
+                (
+                    probe,
+                    len(traced.processes),
+                    stats.hits if stats else 0,
+                    lost + self._writer.dropped.get(probe, 0),
+                    microseconds(stats.overhead_ns if stats else None),
+                )
+            )
+        note("")
+        print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
+
+
+def _but(refused: Sequence[Target]) -> str:
+    """Returns what was refused as the tail of a sentence."""
+    reasons: dict[str, int] = {}
+    for target in refused:
+        reasons[target.reason or "refused"] = reasons.get(target.reason or "refused", 0) + 1
+    return f" (not in {', '.join(f'{count}: {reason}' for reason, count in reasons.items())})" if reasons else ""
+
+
+def run_session(options: Options) -> int:
+    """Runs a session in this process; returns the exit status."""
+
+    async def session() -> int:
+        return await Session(options).run()
+
+    try:
+        return asyncio.run(session())
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+    except KeyboardInterrupt:
+        return EXIT_ERROR
