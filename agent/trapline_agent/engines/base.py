@@ -97,6 +97,9 @@ class Observer(Protocol):
     def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         """Takes what changed in a process."""
 
+    def sampled(self, plan: SitePlan, held_ns: int) -> None:
+        """Takes a sample of how long the engine held a thread for one hit of a site, in ns."""
+
     def exited(self, process: ProcessId, status: int | None) -> None:
         """A process that was followed ended (wait status where known) or was let go (None)."""
 

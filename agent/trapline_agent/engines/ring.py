@@ -66,10 +66,11 @@ class HitRing:
         self._lock = threading.Lock()
         self._full: deque[_Chunk] = deque()
         self._chunk = _Chunk(0, self._row.size)
-        self._dropped_since = 0
+        self._unreported: dict[str, int] = {}
         self.hits = 0
         self.limited = 0
-        self.dropped = 0
+        self.drops: dict[str, int] = {}
+        """Hits that were let go, by where."""
         self.overhead_ns: deque[int] = deque(maxlen=OVERHEAD_SAMPLES)
         """Samples of how long the engine held a thread for one hit, in ns."""
 
@@ -108,11 +109,18 @@ class HitRing:
     def _rotate(self) -> _Chunk:
         self._full.append(self._chunk)
         if len(self._full) > CHUNKS:
-            oldest = self._full.popleft()
-            self._dropped_since += oldest.count
-            self.dropped += oldest.count
+            self._drop("tracer-ring", self._full.popleft().count)
         self._chunk = _Chunk(self._chunk.seq + self._chunk.count, self._row.size)
         return self._chunk
+
+    def _drop(self, stage: str, count: int) -> None:
+        self.drops[stage] = self.drops.get(stage, 0) + count
+        self._unreported[stage] = self._unreported.get(stage, 0) + count
+
+    def unsent(self, count: int) -> None:
+        """Counts drained hits that could not be handed on."""
+        with self._lock:
+            self._drop("tracer-socket", count)
 
     def drain(
         self,
@@ -123,8 +131,8 @@ class HitRing:
         generation: int,
         sites: Sequence[str],
         comms: Mapping[int, str],
-    ) -> list[bytes]:
-        """Takes all rows out and returns them as encoded batches, oldest first.
+    ) -> list[tuple[int, bytes]]:
+        """Takes all rows out and returns them as (count, encoded batch), oldest first.
 
         Args:
             host, probe, source, generation, sites: for the headers.
@@ -136,7 +144,7 @@ class HitRing:
             chunks = [*self._full, self._chunk] if self._chunk.count else list(self._full)
             self._full.clear()
             self._chunk = _Chunk(self._chunk.seq + self._chunk.count, self._row.size)
-            drops, self._dropped_since = self._dropped_since, 0
+            drops, self._unreported = self._unreported, {}
         offset = time.time_ns() - time.monotonic_ns()
         batches = []
         for chunk in chunks:
@@ -156,10 +164,10 @@ class HitRing:
                 strings=chunk.strings,
                 sites=list(sites),
                 comms={p: comms[p] for p in np.unique(rows["pid"]).tolist() if p in comms},
-                drops={"tracer-ring": drops} if drops else {},
+                drops=drops,
             )
-            drops = 0
-            batches.append(HitBatch(header, {c.name: rows[c.name] for c in self.columns}).encode())
+            drops = {}
+            batches.append((chunk.count, HitBatch(header, {c.name: rows[c.name] for c in self.columns}).encode()))
         return batches
 
     def median_overhead_ns(self) -> float:

@@ -67,6 +67,17 @@ def comm(pid: int) -> str:
     return read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
 
 
+def tracer(tid: int) -> int:
+    """Returns the thread id of a thread's tracer, 0 where it has none. (TracerPid names the tracing thread, not its
+    process: fs/proc/array.c, task_state.)"""
+    return int(status(tid, "TracerPid").get("TracerPid", "0"))
+
+
+def traced_by_us(tid: int) -> bool:
+    """Whether a thread of this process traces it."""
+    return (by := tracer(tid)) != 0 and os.path.exists(f"/proc/self/task/{by}")
+
+
 class Whereabouts(Enum):
     """Where a thread was when it was looked at."""
 

@@ -67,10 +67,7 @@ _slow.restype = ctypes.c_long
 _waitpid = _libc.waitpid
 _waitpid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _waitpid.restype = ctypes.c_int
-_writev = _libc.process_vm_writev
-_writev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
-_writev.restype = ctypes.c_ssize_t
-_kcmp = _libc.syscall
+_syscall = _libc.syscall
 
 
 def _fail(what: str, tid: int) -> OSError:
@@ -197,26 +194,22 @@ class Waiter:
         return -1, 0
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-def store_word(pid: int, address: int, value: int) -> bool:
-    """Writes a u64 with the target's own page protections (process_vm_writev(2)), as the instruction itself would; False
-    where that faults."""
-    word = ctypes.c_uint64(value)
-    local = _Iovec(ctypes.addressof(word), 8)
-    remote = _Iovec(address, 8)
-    return int(_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)) == 8
-
-
 _SYS_KCMP: Final = 312
 _KCMP_VM: Final = 1
 
 
 def same_address_space(a: int, b: int) -> bool:
     """True where both processes share one mm (kcmp(2), KCMP_VM). Raises OSError, ENOSYS where the kernel lacks it."""
-    result = int(_kcmp(_SYS_KCMP, a, b, _KCMP_VM, 0, 0))
+    result = int(_syscall(_SYS_KCMP, a, b, _KCMP_VM, 0, 0))
     if result < 0:
         raise _fail("kcmp", b)
     return result == 0
+
+
+_SYS_TGKILL: Final = 234
+
+
+def thread_kill(pid: int, tid: int, signal: int) -> None:
+    """Sends a signal to one thread (tgkill(2)). Raises ProcessLookupError where it has ended."""
+    if _syscall(_SYS_TGKILL, pid, tid, signal) < 0:
+        raise _fail("tgkill", tid)

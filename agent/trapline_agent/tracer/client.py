@@ -194,6 +194,10 @@ class TracerClient:
         """Sets the basenames whose unknown mappings are reported as ``Mapped``."""
         self._send(m.Watch(names=list(names)))
 
+    def set_loaders(self, plans: Sequence[m.SitePlan]) -> None:
+        """Tells where the dynamic loaders of this host report what they mapped; see ``Loaders``."""
+        self._send(m.Loaders(plans=list(plans)))
+
     async def launch(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None, output: str = "inherit"
     ) -> int:

@@ -227,7 +227,14 @@ class Watch(Message, tag="watch"):
     names: list[str]
 
 
-ToTracer = Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
+class Loaders(Message, tag="loaders"):
+    """Agent to tracer: where the dynamic loaders of this host call ``_dl_debug_state`` (``site`` has no meaning there). In
+    a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3)."""
+
+    plans: list[SitePlan]
+
+
+ToTracer = Loaders | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
 ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,8 +7,8 @@ Restoring the byte, single-stepping and putting it back lets other threads run t
 relative to the instruction pointer and branches are relocated (iced-x86's BlockEncoder); a call becomes ``push`` of the
 original return address and a jump, so that the callee and every unwinder see the original.
 
-Where there is no room for a slot, the commonest first instructions of functions can be *computed*: registers and one
-stack word are written by the tracer. Everything else is refused by name.
+Where there is no room for a slot, some common first instructions of functions can be *computed* by writing registers.
+Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ class Registers(Protocol):
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
-Computed = Callable[[Registers, Callable[[int, int], bool]], bool]
-"""Runs an instruction on registers; the second argument stores a word at an address and says whether it could. False: it
-could not be done, and nothing was changed. The instruction pointer is left to the caller."""
+Computed = Callable[[Registers], None]
+"""Runs an instruction on registers alone. The instruction pointer is left to the caller."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,12 @@ class StepPlan:
 
     @cached_property
     def computed(self) -> Computed | None:
-        """How to run it by writing registers, for want of a slot; None where that is not known."""
-        return _computed(self._insn)
+        """How to run it by writing registers, for want of a slot; None where that is not known.
 
-    def computed_call(self, addr: int) -> tuple[int, int] | None:
-        """For a relative call at ``addr``: (target, return address)."""
-        if self._insn.flow_control != FlowControl.CALL:
-            return None
-        return (self._insn.near_branch_target - self._vaddr + addr) & _MASK, addr + self.length
+        What touches memory is not computed: a push may have to grow the stack or to fault, and neither happens to a
+        tracer's write.
+        """
+        return _computed(self._insn)
 
     def _at(self, addr: int) -> Instruction:
         return Decoder(64, self.code, ip=addr).decode()
@@ -259,8 +256,6 @@ _LOW_INDEX: Final[dict[int, int]] = {
 
 def _computed(insn: Instruction) -> Computed | None:
     code = insn.code
-    if code == Code.PUSH_R64:
-        return _push(_REGISTER_INDEX[insn.op0_register])
     if code in (Code.MOV_RM64_R64, Code.MOV_R64_RM64) and insn.op0_kind == insn.op1_kind == OpKind.REGISTER:
         return _move(_REGISTER_INDEX[insn.op0_register], _REGISTER_INDEX[insn.op1_register], _MASK)
     if code in (Code.MOV_RM32_R32, Code.MOV_R32_RM32) and insn.op0_kind == insn.op1_kind == OpKind.REGISTER:
@@ -276,45 +271,31 @@ def _computed(insn: Instruction) -> Computed | None:
     return None
 
 
-def _push(source: int) -> Computed:
-    def run(regs: Registers, store: Callable[[int, int], bool]) -> bool:
-        sp = (regs[RSP] - 8) & _MASK
-        if not store(sp, regs[source]):
-            return False
-        regs[RSP] = sp
-        return True
-
-    return run
-
-
 def _move(target: int, source: int, mask: int) -> Computed:
-    def run(regs: Registers, store: Callable[[int, int], bool]) -> bool:
+    def run(regs: Registers) -> None:
         regs[target] = regs[source] & mask
-        return True
 
     return run
 
 
 def _constant(target: int, value: int) -> Computed:
-    def run(regs: Registers, store: Callable[[int, int], bool]) -> bool:
+    def run(regs: Registers) -> None:
         regs[target] = value
-        return True
 
     return run
 
 
 def _zero(target: int) -> Computed:
-    def run(regs: Registers, store: Callable[[int, int], bool]) -> bool:
+    def run(regs: Registers) -> None:
         regs[target] = 0
         # xor clears CF and OF, and of a zero result sets ZF and PF and clears SF; AF is undefined (Intel SDM 2, XOR)
         regs[EFLAGS] = regs[EFLAGS] & ~(_CF | _OF | _SF | 0x10) | _ZF | _PF
-        return True
 
     return run
 
 
 def _subtract(target: int, value: int) -> Computed:
-    def run(regs: Registers, store: Callable[[int, int], bool]) -> bool:
+    def run(regs: Registers) -> None:
         a = regs[target]
         result = (a - value) & _MASK
         flags = regs[EFLAGS] & ~(_CF | _PF | 0x10 | _ZF | _SF | _OF)
@@ -326,6 +307,5 @@ def _subtract(target: int, value: int) -> Computed:
         flags |= _OF if (a ^ value) & (a ^ result) & 2**63 else 0
         regs[target] = result
         regs[EFLAGS] = flags
-        return True
 
     return run

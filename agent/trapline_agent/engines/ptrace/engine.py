@@ -1,0 +1,220 @@
+"""The ptrace engine: which tracer thread follows which process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from trapline.errors import EngineError, PermissionDenied, Unsupported
+from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
+from trapline_agent.engines.ptrace.tracee import TracedProcess
+from trapline_agent.kernel import procfs, ptrace
+
+log = logging.getLogger(__name__)
+
+_HOLD_TIMEOUT_S = 10.0
+
+
+class PtraceEngine:
+    """An ``Engine``. Make it on the main thread: it takes SIGUSR1 as the doorbell of its threads."""
+
+    name = "ptrace"
+
+    def __init__(self, observer: Observer) -> None:
+        signal.signal(DOORBELL, lambda signum, frame: None)
+        self.observer = observer
+        self._lock = threading.Lock()
+        self._threads: dict[int, TraceThread] = {}
+        self._processes: dict[int, TracedProcess] = {}
+        self._held: dict[int, threading.Event] = {}
+        self.comms: dict[int, str] = {}
+        """Names of the processes that are or were followed, by pid."""
+
+    # --- Engine ------------------------------------------------------------------------------------------------------
+
+    def capabilities(self) -> Capabilities:
+        """Seizes a child of its own to find out."""
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+            os._exit(0)
+        try:
+            ptrace.seize(pid)
+        except OSError as e:
+            return Capabilities(self.name, False, f"ptrace is refused here: {e.strerror}")
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return Capabilities(self.name, True, _restriction())
+
+    def reconcile(self, process: ProcessId, cause: str) -> None:
+        """See ``Engine``. Refusals by the kernel are reported for each wanted site."""
+        while True:
+            with self._lock:
+                thread = self._threads.get(process.pid)
+            try:
+                if thread is not None:
+                    if thread.call(lambda t=thread: t.reconcile(process.pid, cause)):  # type: ignore[misc]
+                        return
+                    with self._lock:
+                        if self._threads.get(process.pid) is thread:
+                            del self._threads[process.pid]
+                    continue
+                wanted = self.observer.wanted(process, cause)
+                if not wanted.sites and not wanted.keep:
+                    return
+                self._attach(process, cause, wanted)
+                return
+            except Ended:
+                with self._lock:
+                    if self._threads.get(process.pid) is thread:
+                        del self._threads[process.pid]
+            except ProcessLookupError:
+                return
+
+    def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
+        thread = TraceThread(self)
+        thread.start()
+        try:
+            thread.call(lambda: thread.attach(process.pid, cause))
+        except PermissionError as e:
+            reason, message = _why_not(process.pid, e)
+            if reason:
+                self._refuse(process, wanted, cause, reason, message)
+        except TimeoutError as e:
+            self._refuse(process, wanted, cause, "BusyForking", f"{e}; it is tried again")
+        except OSError as e:
+            if isinstance(e, ProcessLookupError):
+                raise
+            self._refuse(process, wanted, cause, "AttachFailed", str(e))
+
+    def _refuse(self, process: ProcessId, wanted: Wanted, cause: str, reason: str, message: str) -> None:
+        reports = [SiteReport(r.addr, r.plan, "refused", reason, message) for r in wanted.sites if not r.is_hook]
+        self.observer.report(process, reports, cause)
+
+    def processes(self) -> list[ProcessId]:
+        with self._lock:
+            return [p.id for p in self._processes.values()]
+
+    def tick(self) -> None:
+        """Tries again to let go what could not be let go before. To be called every second or so."""
+        with self._lock:
+            threads = {self._threads[p.id.pid] for p in self._processes.values() if p.lingering and not p.released}
+        for thread in threads:
+            with contextlib.suppress(Ended):
+                thread.call(lambda: None)
+
+    def close(self) -> None:
+        """Expects the observer to want nothing any more; returns when every thread has let its processes go."""
+        with self._lock:
+            threads = set(self._threads.values())
+        for process in self.processes():
+            self.reconcile(process, "reconcile")
+        for thread in threads:
+            while thread.is_alive():
+                with contextlib.suppress(Ended):
+                    thread.call(lambda: None)
+                thread.join(0.05)
+            # The interpreter's thread ends before the kernel's, which is what lets the tracees go.
+            while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+                os.sched_yield()
+
+    # --- launched commands -------------------------------------------------------------------------------------------
+
+    def hold(self, pid: int) -> Callable[[], None]:
+        """Follows a child that is about to exec and stops it there.
+
+        Args:
+            pid: a child of this process, which is blocked in a system call and will exec next.
+
+        Returns:
+            A function that waits until it has; it raises EngineError where it does not, in 10 s.
+
+        Raises:
+            PermissionDenied: the kernel refuses to let us trace our own child.
+        """
+        arrived = self._held[pid] = threading.Event()
+        thread = TraceThread(self)
+        thread.start()
+        try:
+            thread.call(lambda: thread.attach(pid, "exec", held=True))
+        except PermissionError as e:
+            raise PermissionDenied(f"the kernel does not let us trace our own child: {e.strerror}") from e
+
+        def wait() -> None:
+            if not arrived.wait(_HOLD_TIMEOUT_S):
+                raise EngineError(f"process {pid} did not start its command")
+
+        return wait
+
+    def release(self, pid: int) -> None:
+        """Lets a held command run. Raises Unsupported where none is held by that number."""
+        with self._lock:
+            thread = self._threads.get(pid)
+        if thread is None:
+            raise Unsupported(f"process {pid} is not held", reason="NotHeld")
+        with contextlib.suppress(Ended):
+            thread.call(lambda: thread.release(pid))
+
+    # --- from the tracer threads -------------------------------------------------------------------------------------
+
+    def adopted(self, process: TracedProcess, thread: TraceThread) -> None:
+        with self._lock:
+            self._threads[process.id.pid] = thread
+            self._processes[process.id.pid] = process
+        self.comms[process.id.pid] = process.comm
+
+    def renamed(self, process: TracedProcess) -> None:
+        self.comms[process.id.pid] = process.comm
+
+    def held(self, pid: int) -> None:
+        if (event := self._held.get(pid)) is not None:
+            event.set()
+
+    def forgot(self, process: TracedProcess, status: int | None) -> None:
+        with self._lock:
+            if self._processes.get(process.id.pid) is process:
+                del self._processes[process.id.pid]
+                self._threads.pop(process.id.pid, None)
+        self._held.pop(process.id.pid, None)
+        self.observer.exited(process.id, status)
+
+
+def _why_not(pid: int, error: OSError) -> tuple[str, str]:
+    """Returns (reason, message) for a refused seize; an empty reason where a thread of ours follows it already."""
+    try:
+        if procfs.traced_by_us(pid):
+            return "", ""
+        tracer = procfs.tracer(pid)
+        owner = procfs.status(pid, "Uid").get("Uid", "").split("\t")[0]
+    except ProcessLookupError:
+        return "", ""
+    if tracer:
+        with contextlib.suppress(ProcessLookupError):
+            name = procfs.comm(tracer)
+            return (
+                "TracedByOther",
+                f"process {pid} is traced by {name} (pid {tracer}), and a process has one tracer; end that one first",
+            )
+    return (
+        "PermissionDenied",
+        f"the kernel refuses to let uid {os.geteuid()} trace process {pid} of uid {owner}: {error.strerror or error}; "
+        "run the agent as root or with CAP_SYS_PTRACE",
+    )
+
+
+def _restriction() -> str:
+    if os.geteuid() == 0:
+        return ""
+    try:
+        scope = procfs.read("/proc/sys/kernel/yama/ptrace_scope").strip()
+    except OSError:
+        scope = b"0"
+    if scope != b"0":
+        return "not root, and Yama restricts tracing: only commands that it starts itself"
+    return "not root: only processes of the same user"

@@ -1,0 +1,699 @@
+"""One tracer thread and the processes it follows: the only place that waits for them and lets them go on.
+
+ptrace binds a tracee to the thread that seized it, and its forks and clones to the same thread. So each seized process
+starts a group with a thread of its own, which blocks in waitpid and does everything for its group (semantics P10). Other
+threads give it work with ``call``: the work is queued and a signal rings until it was taken, since a signal that comes just
+before waitpid blocks would be lost.
+
+The thread ends when nothing of ours is left in any of its processes; the kernel then detaches all of them without stopping
+them (kernel/ptrace.c, exit_ptrace), which PTRACE_DETACH could not: it needs a stop, and a stop makes blocking system calls
+return EINTR (semantics P5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from trapline.errors import TraplineError, Unsupported
+from trapline_agent.arch.x86_64.registers import RIP, RSP
+from trapline_agent.engines.base import ProcessId, SiteReport
+from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.kernel.procfs import Whereabouts
+
+if TYPE_CHECKING:
+    from trapline_agent.engines.ptrace.engine import PtraceEngine
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DOORBELL = signal.SIGUSR1
+_SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
+_GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
+_FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
+_TRAP_TRACE = 2
+_SETTLE_S = 1.0
+_LOOKS = 20
+"""Looks at a running thread before it is interrupted: most block in between, and then need not be."""
+_STEPS = 8
+"""Single steps out of a slot; only a repeated string instruction takes more."""
+_AFFINITY_MASK = 63
+_SAMPLE_MASK = 15
+
+
+class Ended(Exception):
+    """The thread let its processes go before it took the command."""
+
+
+class _Command(Generic[T]):
+    def __init__(self, run: Callable[[], T]) -> None:
+        self._run = run
+        self.taken = threading.Event()
+        self._done = threading.Event()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def execute(self) -> None:
+        self.taken.set()
+        try:
+            self._result = self._run()
+        except BaseException as e:  # noqa: BLE001 - it is raised again where the command was given
+            self._error = e
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self.taken.set()
+        self._done.set()
+
+    def result(self) -> T:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value] # None only where T is None
+
+
+class TraceThread(threading.Thread):
+    """See the module. Methods that begin with an underscore run on the thread itself."""
+
+    def __init__(self, engine: PtraceEngine) -> None:
+        super().__init__(name="trapline-trace", daemon=True)
+        self._engine = engine
+        self._observer = engine.observer
+        self._lock = threading.Lock()
+        self._commands: deque[_Command[object]] = deque()
+        self._wake = threading.Event()
+        self._ended = False
+        self._closing = False
+        self._waiter = ptrace.Waiter()
+        self._registers = ptrace.RegisterFile()
+        self._words = self._registers.words
+        self._processes: dict[int, TracedProcess] = {}
+        self._threads: dict[int, Thread] = {}
+        self._fork_parents: dict[int, int] = {}
+        self._cpus = os.sched_getaffinity(0)
+        self._cpu = -1
+
+    # --- from other threads ------------------------------------------------------------------------------------------
+
+    def call(self, run: Callable[[], T]) -> T:
+        """Runs something on this thread, and returns or raises what it does. Raises Ended."""
+        command = _Command(run)
+        with self._lock:
+            if self._ended:
+                raise Ended
+            self._commands.append(command)  # type: ignore[arg-type] # the deque does not read results
+        self._wake.set()
+        while not command.taken.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                ptrace.thread_kill(os.getpid(), self.native_id or 0, DOORBELL)
+            command.taken.wait(0.001)
+        return command.result()
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            while not self._finished():
+                tid, status = self._waiter.wait()
+                if tid > 0:
+                    self._handle(tid, status)
+                elif tid < 0:
+                    for process in list(self._processes.values()):
+                        self._forget(process, None)
+                    if not self._finished():
+                        self._wake.wait()
+                self._take_commands()
+                self._release_idle()
+        except BaseException:
+            log.exception("tracer thread failed; its processes are let go")
+            self._emergency()
+            raise
+        finally:
+            with self._lock:
+                self._ended = True
+                rest = list(self._commands)
+                self._commands.clear()
+            for process in list(self._processes.values()):
+                self._forget(process, None)
+            for command in rest:
+                command.fail(Ended())
+
+    def _finished(self) -> bool:
+        with self._lock:
+            if self._commands:
+                return False
+            if self._closing and not self._expects_children():
+                # no command can be added after this: ``call`` looks under the same lock
+                self._ended = True
+                return True
+            return False
+
+    def _expects_children(self) -> bool:
+        """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
+        for tid in list(self._fork_parents):
+            if not os.path.exists(f"/proc/{tid}") or tid in self._threads:
+                del self._fork_parents[tid]
+        return bool(self._fork_parents)
+
+    def _take_commands(self) -> None:
+        self._wake.clear()
+        while True:
+            with self._lock:
+                if not self._commands:
+                    return
+                command = self._commands.popleft()
+            command.execute()
+
+    def _emergency(self) -> None:
+        """Takes every byte out, whatever else is wrong."""
+        for process in self._processes.values():
+            for site in list(process.memory.sites.values()):
+                process.memory.disarm(site, mapped=True)
+
+    def _handle(self, tid: int, status: int) -> None:
+        """Serves one change of state. A failure here must not leave a thread stopped."""
+        try:
+            if status == _SIGTRAP_STOP and (thread := self._threads.get(tid)) is not None:
+                self._trap(thread)
+            else:
+                self._other(tid, status)
+        except ProcessLookupError:
+            return  # killed meanwhile: its end is reported to us too
+        except Exception:
+            log.exception("serving thread %d failed", tid)
+            with contextlib.suppress(OSError):
+                ptrace.cont(tid)
+
+    # --- hits --------------------------------------------------------------------------------------------------------
+
+    def _trap(self, thread: Thread) -> None:
+        ts = time.monotonic_ns()
+        tid = thread.tid
+        registers, words = self._registers, self._words
+        registers.load(tid)
+        memory = thread.process.memory
+        addr = words[RIP] - 1
+        site = memory.sites.get(addr)
+        if site is None or registers.signal_code(tid) != ptrace.SI_KERNEL:
+            self._foreign_trap(thread, addr)
+            return
+        # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
+        words[RIP] = addr
+        if site.slot:
+            ptrace.poke_user(tid, 8 * RIP, site.slot)
+        elif site.next_ip is not None:
+            ptrace.poke_user(tid, 8 * RIP, site.next_ip(words))
+        else:
+            self._compute(thread, site)
+            words[RIP] = addr
+        counted = thread.uncounted is None or thread.uncounted != (addr, words[RSP])
+        thread.uncounted = None
+        if counted:
+            pid, fd = thread.process.id.pid, memory.fd
+            for sink in site.sinks:
+                sink(ts, pid, tid, words, fd)
+        if site.is_hook:
+            self._reconcile(thread.process, "mmap")
+        thread.settled = True
+        thread.hits += 1
+        self._resume(thread)
+        if not thread.hits & _SAMPLE_MASK:
+            self._observer.sampled(site.plan, time.monotonic_ns() - ts)
+        if thread.hits & _AFFINITY_MASK == 1:
+            self._follow_cpu(thread)
+
+    def _compute(self, thread: Thread, site: Site) -> None:
+        """Runs an instruction that has neither slot nor a mere jump's effect. Sinks see the registers before it."""
+        before = self._words.tolist()
+        if site.step.computed is not None:
+            site.step.computed(self._words)
+            self._words[RIP] = site.addr + site.step.length
+            self._registers.store(thread.tid)
+        for i, value in enumerate(before):
+            self._words[i] = value
+
+    def _foreign_trap(self, thread: Thread, addr: int) -> None:
+        """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
+        code = self._registers.signal_code(thread.tid)
+        memory = thread.process.memory
+        thread.settled = True
+        if code == ptrace.SI_KERNEL and addr in memory.former and not memory.has_breakpoint(addr):
+            ptrace.poke_user(thread.tid, 8 * RIP, addr)
+            self._resume(thread)
+            return
+        self._deliver(thread, signal.SIGTRAP)
+
+    def _follow_cpu(self, thread: Thread) -> None:
+        """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
+        cpu = thread.cpu()
+        if cpu != self._cpu and cpu in self._cpus:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, (cpu,))
+                self._cpu = cpu
+
+    # --- everything else ---------------------------------------------------------------------------------------------
+
+    def _other(self, tid: int, status: int) -> None:
+        thread = self._threads.get(tid)
+        if not os.WIFSTOPPED(status):
+            self._ended_task(tid, thread, status)
+            return
+        stop, event = os.WSTOPSIG(status), status >> 16
+        if thread is None:
+            self._newborn(tid)
+        elif event == 0:
+            thread.settled = True
+            self._deliver(thread, stop)
+        elif event == ptrace.PTRACE_EVENT_STOP:
+            thread.settled = True
+            thread.interrupted = False
+            if stop in _GROUP_STOPS:
+                if thread.process.released:
+                    self._detach(thread, 0)
+                else:
+                    ptrace.listen(tid)
+            else:
+                if self._leave_slot(thread):
+                    self._resume(thread)
+        elif event == ptrace.PTRACE_EVENT_EXEC:
+            self._execed(tid)
+        else:
+            if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
+                child = ptrace.event_message(tid)
+                if child not in self._threads:
+                    self._fork_parents[child] = thread.process.id.pid
+            self._resume(thread)
+
+    def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
+        self._threads.pop(tid, None)
+        self._fork_parents.pop(tid, None)
+        if thread is None:
+            return
+        process = thread.process
+        process.drop(tid)
+        # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
+        if tid == process.id.pid:
+            self._forget(process, status)
+
+    def _newborn(self, tid: int) -> None:
+        """The first stop of a thread or child that the kernel attached for us."""
+        fields = procfs.status(tid, "Tgid", "PPid")
+        pid = int(fields["Tgid"])
+        parent_pid = self._fork_parents.pop(tid, int(fields["PPid"]))
+        process = self._processes.get(pid)
+        if process is not None:
+            thread = self._threads[tid] = process.add(tid)
+            thread.settled = True
+            self._resume(thread)
+            return
+        parent = self._processes.get(parent_pid) or self._likely_parent(pid)
+        if parent is None:
+            ptrace.detach(tid)
+            return
+        self._adopt(pid, tid, parent)
+
+    def _likely_parent(self, pid: int) -> TracedProcess | None:
+        """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
+        for process in self._processes.values():
+            if process.memory.sites:
+                probe = AddressSpace(pid)
+                try:
+                    if any(probe.has_breakpoint(a) for a in process.memory.sites):
+                        return process
+                finally:
+                    probe.close()
+        return next(iter(self._processes.values()), None)
+
+    def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
+        try:
+            shared = ptrace.same_address_space(parent.id.pid, pid)
+        except OSError:
+            shared = False
+        if shared:
+            parent.memory.users += 1
+            child = TracedProcess.open(pid, parent.memory)
+        else:
+            child = TracedProcess.open(pid)
+            child.memory.inherit(parent.memory)
+        thread = self._include(child, tid)
+        thread.settled = True
+        self._reconcile(child, "fork", parent.id)
+        self._let_go_if_idle(child)
+        self._resume(thread)
+
+    def _include(self, process: TracedProcess, tid: int) -> Thread:
+        self._processes[process.id.pid] = process
+        thread = self._threads[tid] = process.add(tid)
+        self._engine.adopted(process, self)
+        return thread
+
+    def _execed(self, tid: int) -> None:
+        """A new image: the old address space is gone from this process, and with it all its sites (semantics P2)."""
+        process = self._threads[tid].process
+        for other in list(process.threads):
+            if other != tid:
+                process.drop(other)
+                self._threads.pop(other, None)
+        thread = process.threads[tid]
+        thread.settled = True
+        thread.uncounted = None
+        thread.close()
+        process.memory.close()
+        gone = [SiteReport(s.addr, s.plan, "gone") for s in process.memory.sites.values() if not s.is_hook]
+        process.memory = AddressSpace(tid)
+        process.comm = procfs.comm(tid)
+        self._engine.renamed(process)
+        self._observer.report(process.id, gone, "exec")
+        self._reconcile(process, "exec")
+        if process.held:
+            thread.held = True
+            self._engine.held(process.id.pid)
+            return
+        self._let_go_if_idle(process)
+        self._resume(thread)
+
+    def _forget(self, process: TracedProcess, status: int | None) -> None:
+        for tid in list(process.threads):
+            process.drop(tid)
+            self._threads.pop(tid, None)
+        self._processes.pop(process.id.pid, None)
+        process.memory.close()
+        self._engine.forgot(process, status)
+
+    # --- letting threads go on ---------------------------------------------------------------------------------------
+
+    def _resume(self, thread: Thread, sig: int = 0) -> None:
+        if thread.process.released:
+            self._detach(thread, sig)
+        else:
+            ptrace.cont(thread.tid, sig)
+
+    def _detach(self, thread: Thread, sig: int) -> None:
+        ptrace.detach(thread.tid, sig)
+        process = thread.process
+        process.drop(thread.tid)
+        self._threads.pop(thread.tid, None)
+        if not process.threads:
+            self._forget(process, None)
+
+    def _deliver(self, thread: Thread, sig: int) -> None:
+        """Passes a signal on. With the ip inside a slot it is first brought to where the program believes it to be."""
+        memory = thread.process.memory
+        if not memory.slots:
+            self._resume(thread, sig)
+            return
+        registers, words = self._registers, self._words
+        registers.load(thread.tid)
+        inside = memory.slot_at(words[RIP])
+        if inside is None:
+            self._resume(thread, sig)
+            return
+        addr, site, slot = inside
+        original = slot.starts.get(words[RIP] - addr)
+        info = registers.signal_info(thread.tid)
+        is_fault = sig in _FAULTS and registers.signal_code(thread.tid) > 0
+        if original is not None and (is_fault or original[0] != site.addr):
+            words[RIP] = original[0]
+            words[RSP] += original[1]
+            registers.store(thread.tid)
+            if original[0] == site.addr:
+                thread.uncounted = (site.addr, words[RSP])
+            self._resume(thread, sig)
+            return
+        last = self._step_out(thread)
+        if last is None:
+            return
+        if last >> 16:
+            # It ended in another kind of stop, where no signal can be put in: send it again.
+            self._send(thread, sig)
+            self._other(thread.tid, last)
+            return
+        registers.set_signal_info(thread.tid, info)
+        self._resume(thread, sig)
+
+    def _leave_slot(self, thread: Thread) -> bool:
+        """Steps a stopped thread out of the slot that it may be in; False where it ended or was let go on already."""
+        memory = thread.process.memory
+        if not memory.slots:
+            return True
+        self._registers.load(thread.tid)
+        if memory.slot_at(self._words[RIP]) is None:
+            return True
+        last = self._step_out(thread)
+        if last is None:
+            return False
+        if last >> 16:
+            self._other(thread.tid, last)
+            return False
+        return True
+
+    def _step_out(self, thread: Thread) -> int | None:
+        """Single-steps a stopped thread until it is out of its slot. Signals that come on the way are sent again.
+
+        Returns:
+            The wait status of the stop that it is in then; None where the thread ended.
+        """
+        memory, words = thread.process.memory, self._words
+        status = 0
+        for _ in range(_STEPS):
+            ptrace.single_step(thread.tid)
+            tid, status = self._wait_for(thread.tid)
+            if tid <= 0 or not os.WIFSTOPPED(status):
+                self._ended_task(thread.tid, thread, status)
+                return None
+            self._registers.load(thread.tid)
+            if not status >> 16:
+                stop = os.WSTOPSIG(status)
+                if stop != signal.SIGTRAP or self._registers.signal_code(thread.tid) != _TRAP_TRACE:
+                    self._send(thread, stop)
+            inside = memory.slot_at(words[RIP])
+            if inside is None:
+                return status
+            addr, site, slot = inside
+        # A repeated string instruction: its state is all in registers, so it can go on from the original.
+        original = slot.starts.get(words[RIP] - addr)
+        if original is not None:
+            words[RIP] = original[0]
+            words[RSP] += original[1]
+            self._registers.store(thread.tid)
+            thread.uncounted = (site.addr, words[RSP])
+        return status
+
+    def _send(self, thread: Thread, sig: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            ptrace.thread_kill(thread.process.id.pid, thread.tid, sig)
+
+    def _wait_for(self, tid: int) -> tuple[int, int]:
+        while True:
+            got, status = self._waiter.wait(tid)
+            if got != 0:
+                return got, status
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def attach(self, pid: int, cause: str, *, held: bool = False) -> None:
+        """Follows a process and arms what is wanted in it. On this thread.
+
+        Raises:
+            PermissionError: the kernel says no.
+            ProcessLookupError: it is gone.
+            TimeoutError: a thread stayed inside fork.
+        """
+        process = self._processes.get(pid) or TracedProcess.open(pid)
+        process.held = held
+        self._seize(process)
+        self._processes[pid] = process
+        self._engine.adopted(process, self)
+        try:
+            if not held and not self._settle(process):
+                raise TimeoutError(f"a thread of process {pid} stays inside fork or clone")
+            self._reconcile(process, cause)
+        except BaseException:
+            process.lingering = True
+            process.retry_at = 0.0
+            raise
+
+    def _seize(self, process: TracedProcess) -> None:
+        """Seizes all threads, until no new one is seen (semantics P5)."""
+        pid = process.id.pid
+        while True:
+            new = [t for t in procfs.tasks(pid) if t not in process.threads]
+            if not new:
+                return
+            for tid in new:
+                try:
+                    ptrace.seize(tid)
+                except ProcessLookupError:
+                    if tid == pid:
+                        raise
+                    continue
+                except PermissionError:
+                    if tid == pid or not procfs.traced_by_us(tid):
+                        raise
+                    continue  # a clone that the kernel attached for us: its first stop will tell
+                self._threads[tid] = process.add(tid)
+            if procfs.start_time(pid) != process.id.start_time:
+                raise ProcessLookupError(f"process {pid} was replaced by another of that number")
+            if all(t in process.threads or self._is_ours(t) for t in procfs.tasks(pid)):
+                return
+
+    def _is_ours(self, tid: int) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            return procfs.traced_by_us(tid)
+        return True
+
+    def _settle(self, process: TracedProcess) -> bool:
+        """Waits until every thread was seen outside of fork and clone, and outside of traps and slots, since now.
+
+        A fork that began before the seize is not followed, and its child would inherit a byte written meanwhile. Blocked
+        threads are only looked at; running ones are interrupted after some looks.
+        """
+        pid = process.id.pid
+        for thread in process.threads.values():
+            thread.settled = thread.held
+        deadline = time.monotonic() + _SETTLE_S
+        looks = 0
+        while True:
+            pending = [t for t in process.threads.values() if not t.settled]
+            if not pending:
+                return True
+            for thread in pending:
+                try:
+                    place = procfs.whereabouts(pid, thread.tid)
+                except ProcessLookupError:
+                    thread.settled = True
+                    continue
+                except PermissionError:
+                    place = Whereabouts.STOPPED
+                if place is Whereabouts.BLOCKED:
+                    thread.settled = True
+                elif place is Whereabouts.FORKING:
+                    thread.settled = looks > _LOOKS and self._seize_vfork_child(process)
+                elif looks > _LOOKS and not thread.interrupted:
+                    thread.interrupted = True
+                    with contextlib.suppress(ProcessLookupError):
+                        ptrace.interrupt(thread.tid)
+            while (change := self._waiter.wait(block=False))[0] > 0:
+                self._handle(*change)
+            if time.monotonic() > deadline:
+                return False
+            looks += 1
+            os.sched_yield() if looks <= _LOOKS else time.sleep(0.0002)
+
+    def _seize_vfork_child(self, process: TracedProcess) -> bool:
+        """A thread that stays in vfork waits for a child in the same address space, which would meet our bytes untraced:
+        it is followed too. Returns whether it was found."""
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) in self._processes:
+                continue
+            pid = int(entry)
+            try:
+                if int(procfs.stat_fields(pid)[1]) != process.id.pid:
+                    continue
+                if not ptrace.same_address_space(process.id.pid, pid):
+                    continue
+                process.memory.users += 1
+                child = TracedProcess.open(pid, process.memory)
+                self._seize(child)
+            except OSError:
+                continue
+            self._processes[pid] = child
+            self._engine.adopted(child, self)
+            return True
+        return False
+
+    def reconcile(self, pid: int, cause: str) -> bool:
+        """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
+        process = self._processes.get(pid)
+        if process is None:
+            return False
+        if process.lingering:
+            # It may have been let go in part, and new threads of it were not followed since.
+            self._seize(process)
+            if not self._settle(process):
+                return True
+        self._reconcile(process, cause)
+        return True
+
+    def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
+        memory = process.memory
+        if memory.users > 1 and self._owner(memory) is not process:
+            return
+        try:
+            wanted = self._observer.wanted(process.id, cause, parent)
+        except ProcessLookupError:
+            return
+        reports: list[SiteReport] = []
+        desired = {r.addr: r for r in wanted.sites}
+        for site in list(memory.sites.values()):
+            request = desired.get(site.addr)
+            if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+                site.sinks = request.sinks
+                site.is_hook = request.is_hook
+                if cause == "fork":
+                    reports.append(SiteReport(site.addr, site.plan, "armed"))
+                continue
+            memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
+            if cause != "fork":
+                reports.append(SiteReport(site.addr, site.plan, "gone"))
+        for request in wanted.sites:
+            if request.addr in memory.sites:
+                continue
+            try:
+                memory.arm(request)
+                reports.append(SiteReport(request.addr, request.plan, "armed"))
+            except TraplineError as e:
+                reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
+            except OSError as e:
+                reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
+        process.lingering = not memory.sites and not wanted.keep and not process.held
+        process.released = process.released and process.lingering
+        hooks = {r.addr for r in wanted.sites if r.is_hook}
+        self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)
+
+    def _owner(self, memory: AddressSpace) -> TracedProcess | None:
+        return next((p for p in self._processes.values() if p.memory is memory), None)
+
+    def _let_go_if_idle(self, process: TracedProcess) -> None:
+        """For a process whose only thread is stopped: what is left of ours can go at once."""
+        if process.lingering and process.memory.users == 1:
+            process.memory.wipe_slots()
+            process.released = True
+
+    def _release_idle(self) -> None:
+        """Lets go what nothing is wanted in any more; the thread ends when that is all."""
+        for process in list(self._processes.values()):
+            if not process.lingering or process.released or time.monotonic() < process.retry_at:
+                continue
+            sharers = [p for p in self._processes.values() if p.memory is process.memory]
+            if all(self._settle(p) for p in sharers) and process.lingering and not process.memory.sites:
+                process.memory.wipe_slots()
+                for p in sharers:
+                    p.lingering = p.released = True
+            else:
+                process.retry_at = time.monotonic() + _SETTLE_S
+        with self._lock:
+            self._closing = all(p.released for p in self._processes.values())
+
+    def release(self, pid: int) -> None:
+        """Lets a held command run. On this thread."""
+        process = self._processes.get(pid)
+        if process is None:
+            raise Unsupported(f"process {pid} is not held", reason="NotHeld")
+        process.held = False
+        for thread in list(process.threads.values()):
+            if thread.held:
+                thread.held = False
+                self._reconcile(process, "exec")
+                self._let_go_if_idle(process)
+                self._resume(thread)

@@ -1,0 +1,75 @@
+"""A process that is followed, and its threads; belongs to one tracer thread."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from trapline_agent.engines.base import ProcessId
+from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.kernel import procfs
+
+
+@dataclass(eq=False)
+class Thread:
+    tid: int
+    process: TracedProcess
+    hits: int = 0
+    settled: bool = False
+    """It was seen outside of fork and clone since this was last asked."""
+    interrupted: bool = False
+    """PTRACE_INTERRUPT was sent, its stop has not come yet."""
+    held: bool = False
+    """Stopped by us and not to be let go yet."""
+    uncounted: tuple[int, int] | None = None
+    """(address, stack pointer) of a site that this thread will run through again after a fault in its slot: that pass was
+    counted already."""
+    stat_fd: int = -1
+
+    def cpu(self) -> int:
+        """Returns the CPU it last ran on (proc_pid_stat(5), field 39); -1 when it is gone."""
+        try:
+            if self.stat_fd < 0:
+                self.stat_fd = os.open(f"/proc/{self.process.id.pid}/task/{self.tid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            text = os.pread(self.stat_fd, 1024, 0)
+            return int(text[text.rindex(b")") + 2 :].split()[36])
+        except (OSError, ValueError):
+            return -1
+
+    def close(self) -> None:
+        if self.stat_fd >= 0:
+            os.close(self.stat_fd)
+            self.stat_fd = -1
+
+
+@dataclass(eq=False)
+class TracedProcess:
+    id: ProcessId
+    memory: AddressSpace
+    threads: dict[int, Thread] = field(default_factory=dict)
+    comm: str = ""
+    held: bool = False
+    """A launched command before its release: it is followed whatever is wanted."""
+    lingering: bool = False
+    """Nothing is wanted in it any more; it will be let go when that needs no stop."""
+    released: bool = False
+    """Lingering, and every thread was seen where nothing of ours can reach it: any stop may be its last."""
+    retry_at: float = 0.0
+    """CLOCK_MONOTONIC seconds before which it is not tried again to release it."""
+
+    @classmethod
+    def open(cls, pid: int, memory: AddressSpace | None = None) -> TracedProcess:
+        """Raises ProcessLookupError, PermissionError."""
+        identity = ProcessId(pid, procfs.start_time(pid))
+        return cls(identity, memory or AddressSpace(pid), comm=procfs.comm(pid))
+
+    def add(self, tid: int) -> Thread:
+        thread = self.threads.get(tid)
+        if thread is None:
+            thread = self.threads[tid] = Thread(tid, self)
+        return thread
+
+    def drop(self, tid: int) -> None:
+        thread = self.threads.pop(tid, None)
+        if thread is not None:
+            thread.close()

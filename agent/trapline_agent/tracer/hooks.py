@@ -1,0 +1,95 @@
+"""How the tracer learns of mappings in processes that it does not follow yet.
+
+Processes that it follows tell by themselves: fork and exec stops, and the loader's ``_dl_debug_state``, all before the new
+code runs. For the rest there is the perf side-band stream, which comes after the fact (what ran before is reported as
+*may have missed*), and behind everything the periodic look at /proc.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+
+from trapline_agent.kernel.perf_event import Lost, MappingStream
+from trapline_agent.targets.process import text
+from trapline_agent.tracer.messages import FileKey, Mapped
+
+log = logging.getLogger(__name__)
+
+
+class MappingHook:
+    """Watches the host's executable mappings on a thread of its own."""
+
+    name = "perf-mmap"
+
+    def __init__(
+        self,
+        *,
+        is_probed: Callable[[FileKey], bool],
+        on_mapping: Callable[[int], None],
+        on_unknown: Callable[[Mapped], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """The callbacks run on the hook's thread and must not block.
+
+        Args:
+            is_probed: whether a file has uprobes.
+            on_mapping: a process (pid) mapped a probed file.
+            on_unknown: a process mapped another file whose basename is watched.
+            on_lost: records are missing.
+        """
+        self._is_probed = is_probed
+        self._on_mapping = on_mapping
+        self._on_unknown = on_unknown
+        self._on_lost = on_lost
+        self._names: frozenset[bytes] = frozenset()
+        self._stop_r, self._stop_w = os.pipe()
+        self._thread: threading.Thread | None = None
+        self.reason = ""
+        """Why it does not work here; empty if it does."""
+
+    def start(self) -> bool:
+        """Opens the stream; returns whether it works on this host."""
+        try:
+            stream = MappingStream()
+        except OSError as e:
+            self.reason = e.strerror or str(e)
+            return False
+        self._thread = threading.Thread(target=self._run, args=(stream,), name="trapline-hook", daemon=True)
+        self._thread.start()
+        return True
+
+    def watch(self, names: list[str]) -> None:
+        """Sets the basenames that are told of in ``on_unknown``."""
+        self._names = frozenset(os.fsencode(n) for n in names)
+
+    def _run(self, stream: MappingStream) -> None:
+        poll = select.poll()
+        for fd in (*stream.filenos(), self._stop_r):
+            poll.register(fd, select.POLLIN)
+        own = os.getpid()
+        try:
+            while not any(fd == self._stop_r for fd, _ in poll.poll()):
+                for record in stream.read():
+                    if isinstance(record, Lost):
+                        self._on_lost()
+                    elif record.pid != own:
+                        self._seen(record.pid, FileKey(record.dev, record.inode), record.path)
+        finally:
+            stream.close()
+
+    def _seen(self, pid: int, file: FileKey, path: bytes) -> None:
+        if self._is_probed(file):
+            self._on_mapping(pid)
+        elif self._names and path.rpartition(b"/")[2] in self._names:
+            self._on_unknown(Mapped(pid=pid, path=text(path), file=file))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            os.write(self._stop_w, b"x")
+            self._thread.join()
+        os.close(self._stop_r)
+        os.close(self._stop_w)

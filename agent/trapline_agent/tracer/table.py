@@ -1,0 +1,328 @@
+"""The uprobe table: probes keyed by (device, inode, offset), with consumers.
+
+Invariants
+
+1. A uprobe is in the table while it has consumers: the first consumer's registration makes it wanted in every process that
+   maps the file and matches, the last one's end makes it wanted nowhere (semantics R1).
+2. The table is published before any process is looked at (R2): whoever asks ``wanted`` after ``publish`` returned, be it the
+   scan, a fork, an exec or the loader's hook, gets an answer with the new consumer in it. All of them ask the same question
+   and the engine's answer is idempotent, so that it does not matter which comes first or whether two do (R3).
+3. Snapshots are replaced, never changed: ``wanted`` runs on the engine's threads without a lock, and sees one state whole.
+4. A process of Trapline's own is never wanted in (P11).
+5. A file without uprobes costs one look into a dictionary (R8).
+
+Only the control thread publishes and withdraws; the engine's threads ask and report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from trapline_agent.engines.base import ProcessId, SiteReport, SiteRequest, Sink, Wanted
+from trapline_agent.engines.ring import HitRing
+from trapline_agent.kernel import procfs
+from trapline_agent.targets import maps, process
+from trapline_agent.targets.maps import Mapping as FileMapping
+from trapline_agent.targets.selector import Selector
+from trapline_agent.tracer.messages import FileKey, Register, SitePlan, TargetState
+
+ASYNC = "-async"
+"""Suffix of a cause that came after the fact: calls may have run before the process was armed."""
+_MISSED = frozenset(("mmap" + ASYNC, "exec" + ASYNC, "reconcile"))
+_MAX_GONE = 1000
+"""Targets of ended processes that a probe remembers."""
+
+
+@dataclass(eq=False)
+class Consumer:
+    """One probe's interest in its uprobes."""
+
+    register: Register
+    ring: HitRing
+    selector: Selector
+    plans: dict[tuple[FileKey, int], SitePlan] = field(default_factory=dict)
+    held: dict[FileKey, int] = field(default_factory=dict)
+    """O_PATH descriptors that keep the inodes from being used again (R9)."""
+    sinks: dict[int, Sink] = field(default_factory=dict)
+    targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
+    changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+
+    @property
+    def probe(self) -> str:
+        return self.register.probe
+
+    @property
+    def follows(self) -> bool:
+        """Whether it names processes, which are then followed though they do not map its files yet."""
+        return "pid" in self.register.where or "tree" in self.register.where
+
+    def add(self, plans: Iterable[SitePlan]) -> None:
+        for plan in plans:
+            self.plans[plan.file, plan.offset] = plan
+            if plan.site not in self.sinks:
+                self.sinks[plan.site] = self.ring.sink(plan.site)
+            if plan.file not in self.held:
+                with contextlib.suppress(OSError):
+                    self.held[plan.file] = os.open(plan.path, os.O_PATH | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+
+
+class _Parents(dict[int, int]):
+    """Parents of processes, looked up in /proc when asked for."""
+
+    def get(self, pid: int, default: int | None = None) -> int:  # type: ignore[override] # 0, never None, for the unknown
+        try:
+            return int(procfs.stat_fields(pid)[1])
+        except (OSError, ValueError):
+            return default or 0
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    consumers: tuple[Consumer, ...] = ()
+    by_file: Mapping[FileKey, tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
+    loaders: Mapping[FileKey, SitePlan] = field(default_factory=dict)
+
+
+class Table:
+    """The ``Observer`` of the engine. See the module for who may call what."""
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        """``on_change`` is called by any thread when targets changed; it must not block."""
+        self._now = _Snapshot()
+        self._consumers: dict[str, Consumer] = {}
+        self._loaders: dict[FileKey, SitePlan] = {}
+        self._ancestors: dict[ProcessId, tuple[int, ...]] = {}
+        """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
+        self._lock = threading.Lock()
+        self._on_change = on_change
+        self.self_pids: frozenset[int] = frozenset()
+        self.on_exit: Callable[[ProcessId, int | None], None] = lambda identity, status: None
+
+    # --- control thread ----------------------------------------------------------------------------------------------
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return self._now.consumers
+
+    def consumer(self, probe: str) -> Consumer | None:
+        return self._consumers.get(probe)
+
+    def files(self) -> Mapping[FileKey, object]:
+        """Files that have uprobes on them."""
+        return self._now.by_file
+
+    def publish(self, register: Register, ring: Callable[[], HitRing]) -> Consumer:
+        """Adds a consumer, or sites to one that is there. From its return on ``wanted`` includes it."""
+        consumer = self._consumers.get(register.probe)
+        if consumer is None:
+            consumer = Consumer(register, ring(), Selector(register.where))
+            self._consumers[register.probe] = consumer
+        consumer.register = register
+        consumer.add(register.plans)
+        self._renew()
+        return consumer
+
+    def withdraw(self, probe: str) -> Consumer | None:
+        """Takes a consumer away; its sites are wanted no more. Its ``close`` is due when they are out."""
+        consumer = self._consumers.pop(probe, None)
+        self._renew()
+        return consumer
+
+    def set_loaders(self, plans: Sequence[SitePlan]) -> None:
+        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
+        for plan in plans:
+            self._loaders[plan.file] = plan
+        self._renew()
+
+    def _renew(self) -> None:
+        by_file: dict[FileKey, list[tuple[SitePlan, Consumer]]] = {}
+        for consumer in self._consumers.values():
+            for plan in consumer.plans.values():
+                by_file.setdefault(plan.file, []).append((plan, consumer))
+        self._now = _Snapshot(
+            tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
+        )
+
+    def candidates(self) -> list[ProcessId]:
+        """Looks at every process of the host, and returns those in which something may be wanted."""
+        now = self._now
+        needles = [maps.needle(f) for f in now.by_file]
+        named = {int(c.register.where[k]) for c in now.consumers for k in ("pid", "tree") if k in c.register.where}
+        found: list[ProcessId] = []
+        for pid in process.pids():
+            if pid in self.self_pids:
+                continue
+            try:
+                if pid not in named:
+                    text = maps.read_maps(pid)
+                    if not any(n in text for n in needles):
+                        continue
+                found.append(ProcessId(pid, procfs.start_time(pid)))
+            except OSError:
+                continue  # ended meanwhile, or another user's
+        return found
+
+    def take_changes(self) -> list[tuple[str, list[TargetState]]]:
+        """Returns the targets that changed since the last call, by probe."""
+        with self._lock:
+            result = []
+            for consumer in self._consumers.values():
+                if consumer.changed:
+                    result.append((consumer.probe, [consumer.targets[k] for k in consumer.changed]))
+                    consumer.changed = set()
+                    _forget_oldest(consumer.targets)
+            return result
+
+    # --- Observer: the engine's threads ------------------------------------------------------------------------------
+
+    def wanted(self, identity: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
+        now = self._now
+        if parent is not None:
+            self._ancestors[identity] = (parent.pid, *self._ancestors_of(parent))
+        if identity.pid in self.self_pids:
+            return Wanted()
+        facts = process.facts(identity.pid)
+        if facts is None or facts.start_time != identity.start_time:
+            raise ProcessLookupError(f"process {identity.pid} is gone")
+        parents = self._parents(identity)
+        matching = {c for c in now.consumers if c.selector.matches(facts, parents)}
+        mappings = maps.executable_mappings(identity.pid)
+
+        def still_mapped(addr: int, plan: SitePlan) -> bool:
+            return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
+
+        sites: dict[int, SiteRequest] = {}
+        for mapping in mappings if matching else ():
+            for plan, consumer in now.by_file.get(mapping.file, ()):
+                addr = mapping.addr(plan.offset)
+                if addr is None or consumer not in matching:
+                    continue
+                sink = consumer.sinks[plan.site]
+                known = sites.get(addr)
+                sites[addr] = (
+                    _request(addr, plan, mapping, mappings, (sink,))
+                    if known is None
+                    else SiteRequest(
+                        addr, known.plan, (*known.sinks, sink), slack_addr=known.slack_addr, refusal=known.refusal
+                    )
+                )
+        keep = any(c.follows for c in matching)
+        if sites or keep:
+            for mapping in mappings:
+                loader = now.loaders.get(mapping.file)
+                if loader is None or (addr := mapping.addr(loader.offset)) is None:
+                    continue
+                hook = _request(addr, loader, mapping, mappings, ())
+                if addr not in sites:
+                    sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
+        return Wanted(list(sites.values()), keep, still_mapped)
+
+    def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
+        known = self._ancestors.get(identity)
+        if known is not None:
+            return known
+        chain: list[int] = []
+        parents = _Parents()
+        pid = parents.get(identity.pid)
+        while pid and pid not in chain:
+            chain.append(pid)
+            pid = parents.get(pid)
+        return tuple(chain)
+
+    def _parents(self, identity: ProcessId) -> dict[int, int]:
+        chain = self._ancestors.get(identity)
+        if chain is None:
+            return _Parents()
+        return dict(zip((identity.pid, *chain), chain, strict=False))
+
+    def report(self, identity: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
+        comm = ""
+        with contextlib.suppress(OSError):
+            comm = procfs.comm(identity.pid)
+        since = time.time_ns()
+        changed = False
+        with self._lock:
+            for report in reports:
+                for plan, consumer in self._now.by_file.get(report.plan.file, ()):
+                    if plan.offset != report.plan.offset:
+                        continue
+                    key = (identity.pid, identity.start_time, plan.site, report.addr)
+                    known = consumer.targets.get(key)
+                    if report.state == "gone" and known is None:
+                        continue
+                    if known is not None and known.state == report.state and known.reason == report.reason:
+                        continue
+                    consumer.targets[key] = TargetState(
+                        pid=identity.pid,
+                        start_time=identity.start_time,
+                        comm=comm or (known.comm if known else ""),
+                        site=plan.site,
+                        path=plan.path,
+                        offset=plan.offset,
+                        addr=report.addr,
+                        state=report.state,
+                        cause=cause.removesuffix(ASYNC),
+                        since_ns=since,
+                        may_have_missed=report.state == "armed" and cause in _MISSED,
+                        reason=report.reason,
+                        message=report.message,
+                    )
+                    consumer.changed.add(key)
+                    changed = True
+        if changed:
+            self._on_change()
+
+    def sampled(self, plan: SitePlan, held_ns: int) -> None:
+        for other, consumer in self._now.by_file.get(plan.file, ()):
+            if other.offset == plan.offset:
+                consumer.ring.overhead_ns.append(held_ns)
+
+    def exited(self, identity: ProcessId, status: int | None) -> None:
+        with self._lock:
+            self._ancestors.pop(identity, None)
+            for consumer in self._consumers.values():
+                for key, state in consumer.targets.items():
+                    if key[:2] == identity and state.state != "gone":
+                        state.state = "gone"
+                        consumer.changed.add(key)
+        self._on_change()
+        self.on_exit(identity, status)
+
+
+def _request(
+    addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping], sinks: tuple[Sink, ...]
+) -> SiteRequest:
+    refusal = None
+    if mapping.writable or mapping.shared:
+        kind = "writable" if mapping.writable else "shared"
+        refusal = (
+            f"{kind.capitalize()}Mapping",
+            f"{mapping.path} is mapped {mapping.prot} at {mapping.start:#x}: "
+            f"a breakpoint in a {kind} mapping would be seen, or overwritten, by others",
+        )
+    slack_addr = 0
+    if plan.slack_len:
+        for other in mappings:
+            if other.file != plan.file or other.writable or other.shared:
+                continue
+            at = other.addr(plan.slack_offset)
+            if at is not None and at + plan.slack_len <= other.end:
+                slack_addr = at
+                break
+    return SiteRequest(addr, plan, sinks, slack_addr=slack_addr, refusal=refusal)
+
+
+def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:
+    gone = [k for k, t in targets.items() if t.state == "gone"]
+    for key in gone[: max(0, len(gone) - _MAX_GONE)]:
+        del targets[key]
