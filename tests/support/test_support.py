@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import selectors
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,14 +179,14 @@ def test_a_child_dies_with_its_parent() -> None:
         "import sys\nfrom tests.support.children import Child\n"
         "c = Child(['cat'], ready=None)\nprint('ready', c.pid, flush=True)\ninput()"
     )
-    with Child([children.sys.executable, "-c", code], env={"PYTHONPATH": str(TESTS.parent)}) as parent:
+    with Child([sys.executable, "-c", code], env={"PYTHONPATH": str(TESTS.parent)}) as parent:
         grandchild = int(parent.ready_line.split()[1])
         pidfd = os.pidfd_open(grandchild)
         try:
             parent.popen.kill()
             parent.wait()
-            poll = children.selectors.PollSelector()
-            poll.register(pidfd, children.selectors.EVENT_READ)
+            poll = selectors.PollSelector()
+            poll.register(pidfd, selectors.EVENT_READ)
             assert poll.select(children.TIMEOUT_S), "the grandchild still runs"
         finally:
             os.close(pidfd)

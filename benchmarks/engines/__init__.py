@@ -1,0 +1,1 @@
+"""What a hit costs the traced program, per engine, beside other tools."""

@@ -1,0 +1,1 @@
+"""How many hits a second the way from host to subscriber carries."""
