@@ -199,7 +199,12 @@ class TracerClient:
         self._send(m.Loaders(plans=list(plans)))
 
     async def launch(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None, output: str = "inherit"
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        output: str = "inherit",
     ) -> int:
         """Starts a command held before its first instruction; returns its pid. Raises EngineError if it cannot start."""
         done = await self._call(

@@ -238,8 +238,8 @@ ToTracer = Loaders | Hello | Renew | Register | Unregister | Launch | Release | 
 ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _encoder = msgspec.msgpack.Encoder()
-_to_tracer = msgspec.msgpack.Decoder(ToTracer)
-_to_agent = msgspec.msgpack.Decoder(ToAgent)
+_to_tracer: msgspec.msgpack.Decoder[ToTracer] = msgspec.msgpack.Decoder(ToTracer)
+_to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
 
 
 def frame(message: Message) -> bytes:

@@ -34,7 +34,7 @@ from iced_x86 import (
 )
 
 from trapline.errors import Unsupported
-from trapline_agent.arch.x86_64.registers import EFLAGS, INDEX, RSP
+from trapline_agent.arch.x86_64.registers import EFLAGS, INDEX
 
 SLOT_BYTES: Final = 48
 """Room of one slot: 15 bytes of instruction grow to at most 30 by relocation, and 5 or 14 of jump follow."""
