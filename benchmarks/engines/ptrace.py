@@ -239,15 +239,15 @@ async def run(rounds: int, cpu: int, calls: int, peers: bool, console: Console) 
                 string = [m.FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
                 ways = [
                     Way("trapline ptrace: count", trapline.way([]), calls),
-                    Way("trapline ptrace: 6 registers", trapline.way(registers), calls),
-                    Way("trapline ptrace: string of 42 bytes", trapline.way(string), calls),
+                    Way("trapline ptrace: registers", trapline.way(registers), calls),
+                    Way("trapline ptrace: string, 42 B", trapline.way(string), calls),
                 ]
                 if peers:
-                    ways.append(Way("python-ptrace's debugger: count", python_ptrace_way(site, cpu), calls))
+                    ways.append(Way("python-ptrace debugger", python_ptrace_way(site, cpu), calls))
                 if peers and shutil.which("gdb"):
                     few = max(calls // 5, 100)
                     ways += [
-                        Way("gdb: count (ignore)", gdb_way(site, cpu, [], ignored=True), few),
+                        Way("gdb: ignore count", gdb_way(site, cpu, [], ignored=True), few),
                         Way("gdb: commands, silent", gdb_way(site, cpu, [], ignored=False), few),
                     ]
                 with Progress(console=console, transient=True) as progress:
