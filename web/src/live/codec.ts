@@ -1,0 +1,265 @@
+/**
+ * Hit batches as `trapline/protocol/hits.py` encodes them, laid out in place: the columns are typed arrays over the
+ * frame, nothing is copied, and a row is made only when somebody looks at it.
+ */
+
+import { Decoder } from "@msgpack/msgpack";
+
+export const MAGIC = 0x31484c54; // "TLH1", little-endian
+/** In front of a batch on the stream: u32 subscription number, u32 zero. */
+export const STREAM_PREFIX_BYTES = 8;
+const MAX_ROWS = 65_536;
+const FIXED = ["ts:u64", "pid:u32", "tid:u32", "site:u32"];
+const STATUS_SUFFIX = "?";
+
+/** Order of `ValueStatus` in hits.py. */
+const STATUS_TEXT = ["ok", "truncated", "null", "fault", "optimised-out", "redacted", "unsupported"];
+
+export class CodecError extends Error {
+  override name = "CodecError";
+}
+
+type ColumnType = "u64" | "u32" | "str" | "u8";
+type ColumnData = BigUint64Array | Uint32Array | Uint8Array;
+
+export interface BatchHeader {
+  host: string;
+  probe: string;
+  source: string;
+  /** Sequence number of the first row; row i is `seq + i` of (probe, source). */
+  seq: number;
+  count: number;
+  /** CLOCK_MONOTONIC ns of the host. */
+  t0: bigint;
+  t1: bigint;
+  /** CLOCK_REALTIME - CLOCK_MONOTONIC, in ns. */
+  clockOffset: bigint;
+  generation: number;
+  sites: readonly string[];
+  comms: Readonly<Record<number, string>>;
+  /** Hits lost at the source since its last batch, by stage. */
+  drops: Readonly<Record<string, number>>;
+}
+
+/** A captured value: a word, a string, or null where `status` says why there is none. */
+export interface Captured {
+  name: string;
+  value: bigint | string | null;
+  status: string;
+}
+
+export interface HitRow {
+  probe: string;
+  host: string;
+  seq: number;
+  /** CLOCK_REALTIME ns. */
+  tsNs: bigint;
+  pid: number;
+  tid: number;
+  comm: string;
+  site: string;
+  args: Captured[];
+}
+
+interface CapturedColumn {
+  name: string;
+  data: BigUint64Array | Uint32Array | Uint8Array;
+  isString: boolean;
+  status: Uint8Array;
+}
+
+/** One batch: its header and views of its columns. */
+export class HitBatch {
+  constructor(
+    readonly header: BatchHeader,
+    readonly bytes: number,
+    private readonly ts: BigUint64Array,
+    private readonly pids: Uint32Array,
+    private readonly tids: Uint32Array,
+    private readonly sites: Uint32Array,
+    private readonly captured: readonly CapturedColumn[],
+    private readonly strings: readonly Uint8Array[],
+  ) {}
+
+  get count(): number {
+    return this.header.count;
+  }
+
+  /** Row `i` of 0..count-1 as values. */
+  row(i: number): HitRow {
+    const h = this.header;
+    const pid = this.pids[i] ?? 0;
+    return {
+      probe: h.probe,
+      host: h.host,
+      seq: h.seq + i,
+      tsNs: (this.ts[i] ?? 0n) + h.clockOffset,
+      pid,
+      tid: this.tids[i] ?? 0,
+      comm: h.comms[pid] ?? "",
+      site: h.sites[this.sites[i] ?? 0] ?? "",
+      args: this.captured.map((c) => this.value(c, i)),
+    };
+  }
+
+  private value(c: CapturedColumn, i: number): Captured {
+    const code = c.status[i] ?? 0;
+    const status = STATUS_TEXT[code] ?? `status-${code}`;
+    if (code > 1) return { name: c.name, value: null, status };
+    const raw = c.data[i] ?? 0;
+    if (!c.isString) return { name: c.name, value: BigInt(raw), status };
+    return { name: c.name, value: decodeText(this.strings[Number(raw)] ?? new Uint8Array()), status };
+  }
+}
+
+const decoder = new Decoder({ useBigInt64: true });
+
+/**
+ * Reads a batch that begins at byte `at` of a frame; `at` must be a multiple of 8, as it is on the stream.
+ * Throws CodecError where the frame contradicts the format or itself.
+ */
+export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBatch {
+  if (at % 8 !== 0) throw new CodecError(`hit batch at offset ${at} is not aligned to 8 bytes`);
+  if (frame.byteLength < at + 8) throw new CodecError(`frame of ${frame.byteLength} bytes has no hit batch`);
+  const view = new DataView(frame, at);
+  if (view.getUint32(0, true) !== MAGIC) throw new CodecError("not a hit batch: wrong magic");
+  const headLength = view.getUint32(4, true);
+  if (at + 8 + headLength > frame.byteLength) {
+    throw new CodecError(`header of ${headLength} bytes does not fit a frame of ${frame.byteLength}`);
+  }
+  const raw = readHeader(new Uint8Array(frame, at + 8, headLength));
+  const count = Number(raw["count"]);
+  const seq = Number(raw["seq"]);
+  if (!(count > 0 && count <= MAX_ROWS) || !(seq >= 0)) throw new CodecError(`count ${count}, sequence ${seq}`);
+  const strings = Array.isArray(raw["strings"]) ? (raw["strings"] as Uint8Array[]) : [];
+
+  let offset = at + pad8(8 + headLength);
+  const columns = new Map<string, { type: ColumnType; data: ColumnData }>();
+  const declared = readColumns(raw["columns"]);
+  for (const { name, type } of declared) {
+    const size = count * (type === "u64" ? 8 : type === "u8" ? 1 : 4);
+    if (offset + size > frame.byteLength) throw new CodecError(`column ${name} goes beyond the frame`);
+    columns.set(name, { type, data: layOver(frame, offset, count, type) });
+    offset += pad8(size);
+  }
+  if (offset !== frame.byteLength) {
+    throw new CodecError(`frame of ${frame.byteLength} bytes should have ${offset}`);
+  }
+  const captured: CapturedColumn[] = [];
+  for (const { name, type } of declared.slice(FIXED.length)) {
+    if (name.endsWith(STATUS_SUFFIX)) continue;
+    const status = columns.get(name + STATUS_SUFFIX)?.data;
+    if (!(status instanceof Uint8Array)) throw new CodecError(`column ${name} has no status column`);
+    captured.push({ name, data: columns.get(name)!.data, isString: type === "str", status });
+  }
+  const header: BatchHeader = {
+    host: text(raw["host"]),
+    probe: text(raw["probe"]),
+    source: text(raw["source"]),
+    seq,
+    count,
+    t0: big(raw["t0"]),
+    t1: big(raw["t1"]),
+    clockOffset: big(raw["clock_offset"]),
+    generation: Number(raw["generation"] ?? 1),
+    sites: (raw["sites"] as string[] | undefined) ?? [],
+    comms: (raw["comms"] as Record<number, string> | undefined) ?? {},
+    drops: numbers(raw["drops"]),
+  };
+  return new HitBatch(
+    header,
+    frame.byteLength,
+    columns.get("ts")!.data as BigUint64Array,
+    columns.get("pid")!.data as Uint32Array,
+    columns.get("tid")!.data as Uint32Array,
+    columns.get("site")!.data as Uint32Array,
+    captured,
+    strings,
+  );
+}
+
+function readHeader(bytes: Uint8Array): Record<string, unknown> {
+  let value: unknown;
+  try {
+    value = decoder.decode(bytes);
+  } catch (e) {
+    throw new CodecError(`malformed header: ${e instanceof Error ? e.message : String(e)}`);
+  }
+  if (typeof value !== "object" || value === null || Array.isArray(value)) throw new CodecError("header is no map");
+  return value as Record<string, unknown>;
+}
+
+function readColumns(value: unknown): { name: string; type: ColumnType }[] {
+  if (!Array.isArray(value)) throw new CodecError("header has no columns");
+  const columns = value as { name: string; type: ColumnType }[];
+  FIXED.forEach((want, i) => {
+    const c = columns[i];
+    if (!c || `${c.name}:${c.type}` !== want) throw new CodecError(`column ${i} is not ${want}`);
+  });
+  return columns;
+}
+
+function layOver(frame: ArrayBuffer, offset: number, count: number, type: ColumnType): ColumnData {
+  switch (type) {
+    case "u64":
+      return new BigUint64Array(frame, offset, count);
+    case "u32":
+    case "str":
+      return new Uint32Array(frame, offset, count);
+    case "u8":
+      return new Uint8Array(frame, offset, count);
+    default:
+      throw new CodecError(`unknown column type ${String(type)}`);
+  }
+}
+
+const pad8 = (n: number): number => (n + 7) & ~7;
+const text = (v: unknown): string => (typeof v === "string" ? v : "");
+const big = (v: unknown): bigint => (typeof v === "bigint" ? v : BigInt(Number(v ?? 0)));
+
+function numbers(v: unknown): Record<string, number> {
+  if (typeof v !== "object" || v === null) return {};
+  return Object.fromEntries(Object.entries(v).map(([k, n]) => [k, Number(n)]));
+}
+
+const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+/** Captured bytes as text; what is no UTF-8 becomes `\xNN`, as Python's `backslashreplace` does. */
+export function decodeText(bytes: Uint8Array): string {
+  try {
+    return strictUtf8.decode(bytes);
+  } catch {
+    let out = "";
+    for (let i = 0; i < bytes.length; ) {
+      const length = validLength(bytes, i);
+      if (length === 0) {
+        out += `\\x${(bytes[i] ?? 0).toString(16).padStart(2, "0")}`;
+        i += 1;
+      } else {
+        out += strictUtf8.decode(bytes.subarray(i, i + length));
+        i += length;
+      }
+    }
+    return out;
+  }
+}
+
+/** Length of the well-formed sequence at `i`, 0 if there is none (Unicode 16, table 3-7). */
+function validLength(b: Uint8Array, i: number): number {
+  const lead = b[i] ?? 0;
+  const length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+  if (length === 0 || i + length > b.length) return 0;
+  for (let k = 1; k < length; k++) {
+    const c = b[i + k] ?? 0;
+    let low = 0x80;
+    let high = 0xbf;
+    if (k === 1) {
+      if (lead === 0xe0) low = 0xa0;
+      else if (lead === 0xed) high = 0x9f;
+      else if (lead === 0xf0) low = 0x90;
+      else if (lead === 0xf4) high = 0x8f;
+    }
+    if (c < low || c > high) return 0;
+  }
+  return length;
+}
