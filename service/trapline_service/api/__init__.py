@@ -1,0 +1,1 @@
+"""HTTP and WebSockets: one module per resource; each only translates."""
