@@ -1,6 +1,6 @@
 """Hits per second from an agent's link to one subscriber, through a real service.
 
-Three processes: this one is the agent's end (its real link and outbox, with batches that are encoded beforehand), the
+Three processes: this one is the agent's end (its real link and outbox, with columns that were made beforehand), the
 service as `trapline serve` runs it, and one subscriber of the binary stream. The rates are offered one after the other:
 for each the table says what arrived, how old it was on arrival, and what was dropped, by the gap notices; sent =
 delivered + dropped, or the run fails. `max` offers as fast as the service acknowledges.
@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import secrets
-import socket
 import sys
 import tempfile
 import time
@@ -37,8 +36,11 @@ from trapline.protocol import hits, stream
 from trapline.protocol import messages as p
 from trapline_agent.link import Link
 from trapline_agent.outbox import Outbox
+from trapline_service import server
+from trapline_service.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+SELF = [sys.executable, "-m", "benchmarks.pipeline.end_to_end"]
 TICK_S = 0.01
 """Agents flush so often (docs/architecture)."""
 IN_FLIGHT_BYTES = 1024 * 1024
@@ -217,38 +219,16 @@ async def offer(
     )
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-async def started(url: str, service: Child) -> None:
-    """Waits until the service answers."""
-    async with httpx.AsyncClient(trust_env=False) as http:
-        while True:
-            try:
-                if (await http.get(f"{url}/readyz")).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            if not service.alive():
-                raise SystemExit(service.obituary())
-            await asyncio.sleep(0.05)
-
-
 async def run(rates: list[int | None], seconds: float, rows: int) -> list[Result]:
     token = "tlp_" + secrets.token_urlsafe(40)
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     results = []
     with tempfile.TemporaryDirectory() as state:
-        env = {"TRAPLINE_ADMIN_TOKEN": token, "TRAPLINE_PORT": str(port), "TRAPLINE_STATE_DIR": state}
-        serve = [sys.executable, "-m", "trapline", "serve"]
-        with Child(serve, ready=None, env=env, stderr=None, cwd=ROOT) as service:
-            await started(url, service)
+        env = {"TRAPLINE_ADMIN_TOKEN": token, "TRAPLINE_PORT": "0", "TRAPLINE_STATE_DIR": state}
+        with Child([*SELF, "--service"], env=env, stderr=None, cwd=ROOT) as service:
+            url = service.ready_line.split()[1]
+            websocket = url.replace("http", "ws", 1) + "/api/v1"
             host, outbox = Host(), Outbox()
-            link = Link(f"ws://127.0.0.1:{port}/api/v1/agents/link", token, handler=host, outbox=outbox)
+            link = Link(f"{websocket}/agents/link", token, handler=host, outbox=outbox)
             host.link = link
             linking = asyncio.create_task(link.run())
             await link.connected.wait()
@@ -257,13 +237,7 @@ async def run(rates: list[int | None], seconds: float, rows: int) -> list[Result
                 if made.is_error:
                     raise SystemExit(made.text)
             await host.armed.wait()
-            argv = [
-                sys.executable,
-                "-m",
-                "benchmarks.pipeline.end_to_end",
-                "--subscriber",
-                f"ws://127.0.0.1:{port}/api/v1/stream",
-            ]
+            argv = [*SELF, "--subscriber", f"{websocket}/stream"]
             with Child(argv, env={"TRAPLINE_TOKEN": token}, cwd=ROOT, stderr=None) as subscriber:
                 seq, source = 0, new_id("src")
                 for rate in rates:
@@ -292,7 +266,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="hits in a batch at most")
     parser.add_argument("--json", action="store_true", help="figures as JSON, on standard output")
     parser.add_argument("--subscriber", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--service", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.service:
+        server.run(Settings(), on_ready=lambda s: print(f"ready {s.url}", flush=True))
+        return
     if args.subscriber:
         asyncio.run(subscribe(args.subscriber, os.environ["TRAPLINE_TOKEN"]))
         return
