@@ -239,6 +239,8 @@ class HostResolution(Model):
     sites: list[ResolvedSite] = Field(default_factory=list)
     targets: list[Target] = Field(default_factory=list)
     """Processes that map one of the modules now; state ``refused`` with the reason where it could not be armed."""
+    notes: list[str] = Field(default_factory=list)
+    """What was left out, such as sites beyond the limit."""
     error: dict[str, Any] | None = None
 
 

@@ -2,8 +2,8 @@
 
 The files come from anywhere, and their authors may mean harm. So every table is checked against the file's size before
 it is read, sizes are capped, and what is wrong raises ResolveError. Tables are numpy records over the sections' bytes:
-reading symbols one by one, as pyelftools does, takes seconds for a large program. Nothing is mapped: a file that shrinks
-under a mapping kills the reader.
+reading symbols one by one, as pyelftools does, takes seconds for a large program. Nothing is mapped: a file that
+shrinks under a mapping kills the reader.
 
 Layouts: System V ABI (gABI) chapters 4 and 5; symbol versions: the LSB's core specification, "Symbol Versioning".
 """
@@ -322,7 +322,7 @@ class ElfFile:
         return SymbolTable(texts, labels, default, offsets, table["size"], kinds, binds)
 
     def _code_offsets(self, table: Table) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-        """Returns file offsets, and which symbols are defined, of a type that code has, and in an executable segment."""
+        """Returns file offsets, and which symbols are defined, of a type that code has, and in a code segment."""
         kinds = table["info"] & 15
         keep = np.isin(kinds, (NOTYPE, FUNC, IFUNC)) & (table["shndx"] != 0) & (table["name"] != 0)
         index = table["shndx"].astype(np.intp)

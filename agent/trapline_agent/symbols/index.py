@@ -20,6 +20,9 @@ from trapline_agent.symbols.elf import FUNC, IFUNC, ElfFile, Segment, SymbolTabl
 _BINDS = {0: "local", 1: "global", 2: "weak", 10: "global"}  # 10: STB_GNU_UNIQUE
 _CHUNK = 100_000
 """Names that are looked at together: about 40 MB of arrays."""
+_MAX_IDENTITIES = 10_000
+_FEW = 20
+"""So many matches in a search make looking for scattered letters needless."""
 _NEAR = 256
 """Names that are compared letter by letter for did-you-mean."""
 
@@ -44,12 +47,23 @@ class SymbolAt(NamedTuple):
         return self.type == IFUNC
 
 
+class Match(NamedTuple):
+    """One answer to a search; the best sorts first."""
+
+    rank: int
+    """0 the name, 1 its beginning, 2 a part of it, 3 its letters in order."""
+    length: int
+    name: str
+    symbol: SymbolAt
+
+
 class SymbolIndex:
     """What is known of a file without its debug information. Immutable once made, so any thread may ask."""
 
     def __init__(self, elf: ElfFile) -> None:
         """Reads a file; raises as ``ElfFile`` and its tables do."""
         self.path = elf.path
+        self.size = elf.size
         self.build_id = elf.build_id()
         self.soname = elf.soname()
         self.segments: Sequence[Segment] = elf.segments
@@ -118,37 +132,40 @@ class SymbolIndex:
         """Returns the executable segment that has a file offset."""
         return next((s for s in self.segments if s.offset <= offset < s.end), None)
 
-    def search(self, query: str, limit: int) -> tuple[int, list[SymbolAt]]:
+    def search(self, query: str) -> list[Match]:
         """Looks for what a person may mean, ignoring case.
 
         Args:
             query: part of a name; empty: all.
-            limit: most symbols to return.
 
         Returns:
-            How many match, and the best: exact names, then beginnings, then parts, then letters in this order.
+            What matches, best first. Letters in this order (``prcmd``) count only where little else matches.
         """
         q = query.lower()
-        scored: list[tuple[int, int, str]] = []
-        for name, lower in zip(self._names, self._lower, strict=True):
-            if (at := lower.find(q)) >= 0:
-                scored.append((2 if at else 1 if len(lower) > len(q) else 0, len(name), name))
-        if q and len(scored) < limit:
+        found: list[Match] = []
+        rest: list[int] = []
+        for i, lower in enumerate(self._lower):
+            at = lower.find(q)
+            if at < 0:
+                rest.append(i)
+            else:
+                found.append(self._match(2 if at else 1 if len(lower) > len(q) else 0, i))
+        if len(found) < _FEW:
             letters = re.compile("[^\n]*?".join(map(re.escape, q[:64])))
-            known = {name for _, _, name in scored}
-            for name, lower in zip(self._names, self._lower, strict=True):
-                if len(lower) < 512 and name not in known and letters.search(lower):
-                    scored.append((3, len(name), name))
-        scored.sort()
-        return len(scored), [self._symbols[self._by_name[name][0]] for _, _, name in scored[:limit]]
+            found += (self._match(3, i) for i in rest if len(self._lower[i]) < 512 and letters.search(self._lower[i]))
+        found.sort()
+        return found
+
+    def _match(self, rank: int, name: int) -> Match:
+        text = self._names[name]
+        return Match(rank, len(text), text, self._symbols[self._by_name[text][0]])
 
     def near(self, name: str, count: int = 5) -> list[str]:
         """Returns names that someone who wrote ``name`` may have meant, best first; quick on a million names."""
         return near_names(name, self._names, count)
 
-    def not_found(self, name: str) -> NotFound:
-        """Returns the error for a name that is not here, with what may have been meant."""
-        module = os.path.basename(self.path)
+    def not_found(self, name: str, module: str) -> NotFound:
+        """Returns the error for a name that is not here, with what may have been meant; ``module`` is the file's name."""
         detail = f"no symbol `{name}` in {module}"
         if name.partition("@")[0] in self.imports:
             hint = f"`*:{name}` probes it wherever it is defined"
@@ -235,19 +252,26 @@ def _merge(full: SymbolTable | None, dynamic: SymbolTable | None) -> list[Symbol
     return merged
 
 
+class Identity(NamedTuple):
+    """How a file calls itself."""
+
+    soname: str
+    build_id: str
+
+
 class IndexCache:
-    """Keeps the indices of the files read last, by (device, inode, modification time, size). Any thread may call."""
+    """Keeps what was read of files, by (device, inode, modification time, size). Any thread may call."""
 
     def __init__(self, max_symbols: int = 3_000_000) -> None:
         """``max_symbols``: what is kept altogether; about 300 bytes each."""
         self._max_symbols = max_symbols
-        self._indices: OrderedDict[tuple[int, int, int, int], SymbolIndex] = OrderedDict()
+        self._indices: OrderedDict[_Stamp, SymbolIndex] = OrderedDict()
+        self._identities: OrderedDict[_Stamp, Identity] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, fd: int, path: str) -> SymbolIndex:
         """Returns the index of an open file, reading it where it is not known. Raises as ``SymbolIndex`` does."""
-        st = os.fstat(fd)
-        key = (st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size)
+        key = _stamp(fd)
         with self._lock:
             if (known := self._indices.get(key)) is not None:
                 self._indices.move_to_end(key)
@@ -260,3 +284,26 @@ class IndexCache:
                 _, oldest = self._indices.popitem(last=False)
                 total -= len(oldest)
         return made
+
+    def identity(self, fd: int, path: str) -> Identity:
+        """Returns an open file's soname and build-id, without reading its symbols. Raises as ``ElfFile`` does."""
+        key = _stamp(fd)
+        with self._lock:
+            if (known := self._identities.get(key)) is not None:
+                self._identities.move_to_end(key)
+                return known
+        elf = ElfFile(fd, path)
+        made = Identity(elf.soname(), elf.build_id())
+        with self._lock:
+            self._identities[key] = made
+            while len(self._identities) > _MAX_IDENTITIES:
+                self._identities.popitem(last=False)
+        return made
+
+
+_Stamp = tuple[int, int, int, int]
+
+
+def _stamp(fd: int) -> _Stamp:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino, st.st_mtime_ns, st.st_size

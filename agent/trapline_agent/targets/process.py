@@ -224,7 +224,9 @@ def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int
         return "traced-by-other", f"process {target.pid} is traced by process {target.tracer_pid}{name}; end that first"
     if not may_trace(target, tracer_pid):
         mine = target.uid == os.getuid() and _yama_scope()
-        why = f"kernel.yama.ptrace_scope is {_yama_scope()}" if mine else f"it is user {target.uid}'s, or protected"
+        why = f"kernel.yama.ptrace_scope is {_yama_scope()}" if mine else f"it is user {target.uid}'s"
+        if target.hidden and not os.geteuid():
+            why = "the kernel protects it from this user too"
         hint = "run the tracer as root or with CAP_SYS_PTRACE"
         return "permission", f"process {target.pid} may not be traced: {why}; {hint}"
     return None

@@ -1,0 +1,1 @@
+"""Captured values: from expressions to fetches, and from fetched words to values."""

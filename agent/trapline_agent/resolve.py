@@ -1,0 +1,512 @@
+"""From a probe's text to plans: which instructions of which files, what is fetched there, in which processes.
+
+Nothing is armed here, and no process is stopped. All methods read files and /proc and may take a while: call them in a
+worker thread. Several may run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.model import (
+    HostResolution,
+    Module,
+    PointKind,
+    ProbeSpec,
+    ResolvedSite,
+    Symbol,
+    SymbolPage,
+    Target,
+    TargetState,
+)
+from trapline.spec import require_supported
+from trapline_agent.arch.x86_64.stepping import plan_step
+from trapline_agent.capture.program import lower
+from trapline_agent.objects import Finder, FoundFile, scan
+from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
+from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
+from trapline_agent.targets.process import ProcessFacts, facts, ineligible, ppids, require_process, text
+from trapline_agent.targets.selector import Selector, with_numbers
+from trapline_agent.tracer.messages import FetchPlan, FileKey, SitePlan
+
+MAX_SITES = 1000
+MAX_TARGETS = 1000
+_CODE_BYTES = 15
+_BACK_BYTES = 4096
+"""Where nothing says where a function begins, decoding so far before an offset is in step long before it is reached."""
+_SEARCH_S = 6.0
+"""Seconds after which a look into all files ends with what it has; what was read is remembered for the next."""
+_LOADER_HOOK = "_dl_debug_state"
+_LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-musl-x86_64.so.1")
+
+
+@dataclass
+class Plan:
+    """What a probe means on this host now."""
+
+    sites: list[str] = field(default_factory=list)
+    """Labels: ``libc.so.6:malloc``; ``SitePlan.site`` counts in them."""
+    plans: list[SitePlan] = field(default_factory=list)
+    """What can be armed."""
+    fetches: list[FetchPlan] = field(default_factory=list)
+    where: dict[str, str] = field(default_factory=dict)
+    """The selector as the tracer takes it: about processes only, users as numbers."""
+    watch: list[str] = field(default_factory=list)
+    """Basenames under which further files that are meant may be mapped."""
+    resolved: list[ResolvedSite] = field(default_factory=list)
+    """Every site, those that are refused too."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, in sentences."""
+    files: dict[FileKey, FoundFile] = field(default_factory=dict)
+    """The files that ``plans`` are about, and who maps them."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One instruction that is asked for: an offset, and the symbol it is told by."""
+
+    offset: int
+    symbol: SymbolAt | None = None
+    error: TraplineError | None = None
+
+    @property
+    def symbol_offset(self) -> int:
+        return self.offset - self.symbol.offset if self.symbol else 0
+
+    @property
+    def label(self) -> str:
+        if self.symbol is None:
+            return f"0x{self.offset:x}"
+        return f"{self.symbol.name}+0x{self.symbol_offset:x}" if self.symbol_offset else self.symbol.name
+
+
+class Resolver:
+    """Resolves probes and answers questions about this host; keeps the symbols of the files it has read."""
+
+    def __init__(self, host_id: str, host_name: str, self_pids: Collection[int], tracer_pid: int) -> None:
+        """
+        Args:
+            host_id: the host's id, for answers.
+            host_name: its name, for messages.
+            self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
+            tracer_pid: the tracer, whose tracees can be probed.
+        """
+        self._host_id = host_id
+        self._host_name = host_name
+        self._self_pids = self_pids
+        self._tracer_pid = tracer_pid
+        self._finder = Finder(host_name, IndexCache())
+
+    # --- probes
+
+    def resolve(self, spec: ProbeSpec) -> Plan:
+        """Returns what a probe means now.
+
+        Raises:
+            NotFound, Ambiguous, ResolveError: nothing on this host is meant.
+            Unsupported, PermissionDenied: something is, but no part of it can be probed.
+        """
+        plan = self._plan(spec)
+        if not plan.plans:
+            raise _first_refusal(plan)
+        return plan
+
+    def resolve_dry(self, spec: ProbeSpec) -> HostResolution:
+        """Returns what a probe would do now; what is wrong is in ``error``."""
+        try:
+            plan = self._plan(spec)
+        except TraplineError as e:
+            return HostResolution(host=self._host_id, error=e.to_wire())
+        answer = HostResolution(
+            host=self._host_id, sites=plan.resolved, targets=self._targets(spec, plan), notes=plan.notes
+        )
+        if not plan.plans:
+            answer.error = _first_refusal(plan).to_wire()
+        return answer
+
+    def _plan(self, spec: ProbeSpec) -> Plan:
+        require_supported(spec)
+        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures))
+        for key in ("pid", "tree"):
+            if key in plan.where:
+                require_process(int(plan.where[key]), self._host_name)
+        if spec.object == "*" and spec.point.kind is PointKind.OFFSET:
+            raise Unsupported(
+                "an offset needs one file", hint="name a program or a library instead of `*`", reason="NoFile"
+            )
+        files = self._files(spec, plan.where)
+        plan.watch = sorted({text(os.path.basename(spec.object)), *(f.name for f in files)} - {"*"})
+        if spec.object.startswith("buildid="):
+            plan.watch = sorted({f.name for f in files})
+        errors: list[TraplineError] = []
+        deadline = time.monotonic() + _SEARCH_S
+        for i, file in enumerate(files):
+            if spec.object == "*" and time.monotonic() > deadline:
+                plan.notes.append(f"{len(files) - i} of {len(files)} files were not looked at yet")
+                break
+            try:
+                self._add_file(plan, spec, file)
+            except TraplineError as e:
+                errors.append(e)
+        if not plan.resolved:
+            raise self._nothing(spec, files, errors)
+        return plan
+
+    def _files(self, spec: ProbeSpec, where: dict[str, str]) -> list[FoundFile]:
+        """Returns the files that may be meant, preferring those of the one process that is selected."""
+        if "pid" in where:
+            own = scan([int(where["pid"])])
+            if spec.object == "*":
+                return self._finder.find("*", own)
+            try:
+                files = [f for f in self._finder.find(spec.object, own) if f.mappings]
+            except TraplineError:
+                files = []
+            if files:
+                return files
+        mapped = scan()
+        if spec.object == "*":
+            others = [f for f in mapped.values() if any(pid not in self._self_pids for pid in f.mappings)]
+            return sorted(others, key=lambda f: -len(f.mappings))
+        return self._finder.find(spec.object, mapped)
+
+    def _nothing(self, spec: ProbeSpec, files: list[FoundFile], errors: list[TraplineError]) -> TraplineError:
+        """Returns the error for a probe that means no place in any file."""
+        if spec.object == "*":
+            near = list(dict.fromkeys(s for e in errors if isinstance(e, NotFound) for s in e.suggestions))
+            return NotFound(
+                f"no symbol `{spec.point.value}` in the {len(files)} files that are mapped on {self._host_name}",
+                suggestions=near[:5],
+            )
+        # That a symbol is missing says more than that another file of the name could not be read.
+        errors.sort(key=lambda e: not isinstance(e, NotFound))
+        return errors[0] if errors else NotFound(f"nothing on {self._host_name} is meant by `{spec.text}`")
+
+    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
+        with file.open() as fd:
+            index = self._finder.index(file, fd)
+            for place in _places(spec, index, _shown(spec, file)):
+                if len(plan.resolved) >= MAX_SITES:
+                    note = f"more than {MAX_SITES} places match; the rest is left out"
+                    if note not in plan.notes:
+                        plan.notes.append(note)
+                    break
+                self._add_place(plan, file, fd, index, place, _shown(spec, file))
+
+    def _add_place(self, plan: Plan, file: FoundFile, fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
+        site = ResolvedSite(
+            module=text(file.path),
+            build_id=index.build_id,
+            symbol=place.symbol.name if place.symbol else "",
+            symbol_offset=place.symbol_offset,
+            offset=place.offset,
+        )
+        plan.resolved.append(site)
+        try:
+            if place.error is not None:
+                raise place.error
+            segment = index.segment_at(place.offset)
+            if segment is None:
+                raise _not_executable(index, place.offset)
+            _require_boundary(fd, index, place, module)
+            code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
+            step = plan_step(code, place.offset - segment.offset + segment.vaddr)
+        except TraplineError as e:
+            site.refused = e.to_wire()
+            return
+        site.instruction, site.step = step.text, step.method
+        label = f"{module}:{place.label}"
+        if label not in plan.sites:
+            plan.sites.append(label)
+        plan.files[file.key] = file
+        plan.plans.append(
+            SitePlan(
+                site=plan.sites.index(label),
+                file=file.key,
+                path=text(file.path),
+                offset=place.offset,
+                code=code,
+                slack_offset=segment.slack_offset,
+                slack_len=segment.slack_len,
+            )
+        )
+
+    # --- processes
+
+    def _targets(self, spec: ProbeSpec, plan: Plan) -> list[Target]:
+        """Returns the processes that are meant, map one of the files now, and whether each can be probed."""
+        selector, parents = Selector(plan.where), ppids() if "tree" in plan.where else None
+        targets: list[Target] = []
+        seen: dict[int, tuple[ProcessFacts, tuple[str, str] | None]] = {}
+        for site, file in ((p, plan.files[p.file]) for p in plan.plans):
+            for pid, mappings in file.mappings.items():
+                if pid not in seen:
+                    found = facts(pid)
+                    if found is None or not selector.matches(found, parents):
+                        continue
+                    seen[pid] = found, self._refusal(found)
+                mapping = next((m for m in mappings if m.addr(site.offset) is not None), None)
+                if mapping is None:
+                    continue
+                process, refused = seen[pid]
+                if refused is None and (mapping.writable or mapping.shared):
+                    refused = "writable-mapping", f"{site.path} is mapped writable or shared there ({mapping.prot})"
+                target = _target(self._host_id, process, plan.sites[site.site], site, refused)
+                target.addr = 0 if refused else mapping.addr(site.offset) or 0
+                targets.append(target)
+                if len(targets) == MAX_TARGETS:
+                    plan.notes.append(f"more than {MAX_TARGETS} targets; the rest is left out")
+                    return targets
+        if "pid" in plan.where and not targets and plan.plans:
+            chosen = facts(int(plan.where["pid"]))
+            refused = self._refusal(chosen) if chosen else None
+            if chosen and refused and selector.matches(chosen, parents):
+                targets.append(_target(self._host_id, chosen, plan.sites[0], plan.plans[0], refused))
+        if "pid" not in plan.where and all(t.reason == "self" for t in targets):
+            return []  # Trapline alone maps it: nobody asked for that, and others may come
+        return targets
+
+    def _refusal(self, process: ProcessFacts) -> tuple[str, str] | None:
+        refused = ineligible(process, self._self_pids, self._tracer_pid)
+        if refused is None and _is_32_bit(process.pid):
+            refused = "32-bit", f"process {process.pid} runs 32-bit code, which this release does not probe"
+        return refused
+
+    # --- questions
+
+    def search_symbols(self, module: str, q: str, limit: int) -> SymbolPage:
+        """Looks for symbols by part of their name.
+
+        Args:
+            module: as a probe's object; empty or ``*``: all files that processes other than Trapline's map.
+            q: part of a name.
+            limit: most symbols to return.
+
+        Raises:
+            NotFound, Ambiguous, ResolveError, PermissionDenied: there is no such file, or it cannot be read.
+        """
+        mapped = scan()
+        if module in ("", "*"):
+            files = [f for f in mapped.values() if any(pid not in self._self_pids for pid in f.mappings)]
+            files.sort(key=lambda f: -len(f.mappings))
+        else:
+            files = self._finder.find(module, mapped)
+        deadline = time.monotonic() + _SEARCH_S
+        best: list[tuple[tuple[int, int, str], Symbol]] = []
+        total = 0
+        error: TraplineError | None = None
+        for file in files:
+            try:
+                with file.open() as fd:
+                    index = self._finder.index(file, fd)
+            except TraplineError as e:
+                error = error or e
+                continue
+            matches = index.search(q)
+            total += len(matches)
+            best += (((m.rank, m.length, m.name), _symbol(m.symbol, file, index)) for m in matches[:limit])
+            if time.monotonic() > deadline:
+                break
+        if error is not None and len(files) == 1:
+            raise error
+        best.sort(key=lambda scored: scored[0])
+        symbols = [symbol for _, symbol in best[:limit]]
+        return SymbolPage(host=self._host_id, module=module, total=total, symbols=symbols)
+
+    def modules(self, pid: int = 0) -> list[Module]:
+        """Returns the files that a process (0: any but Trapline's own) maps executable, those of most processes first.
+
+        Raises:
+            NotFound: no such process.
+            PermissionDenied: it may not be looked at.
+        """
+        if pid:
+            process = require_process(pid, self._host_name)
+            if process.hidden:
+                raise PermissionDenied(f"process {pid} may not be looked at", hint="run the agent as root")
+        found = scan([pid] if pid else None)
+        modules = []
+        for file in found.values():
+            processes = [p for p in file.mappings if pid or p not in self._self_pids]
+            if processes:
+                modules.append(
+                    Module(
+                        path=text(file.path),
+                        build_id=self._finder.identity(file)[1],
+                        dev=file.key.dev,
+                        inode=file.key.inode,
+                        processes=len(processes),
+                    )
+                )
+        return sorted(modules, key=lambda m: (-m.processes, m.path))
+
+    def loaders(self) -> list[SitePlan]:
+        """Returns where the dynamic loaders of this host report that they have mapped files."""
+        mapped = scan()
+        files = {f.key: f for f in mapped.values() if f.name.startswith(("ld-linux", "ld-musl", "ld-2."))}
+        for path in _LOADERS:
+            try:
+                files |= {f.key: f for f in self._finder.find(path, mapped)}
+            except TraplineError:
+                continue  # not on this host
+        plan = Plan()
+        for file in files.values():
+            try:
+                with file.open() as fd:
+                    index = self._finder.index(file, fd)
+                    for symbol in index.find(_LOADER_HOOK):
+                        self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
+            except TraplineError:
+                continue  # later mappings are found by the other hooks
+        return plan.plans
+
+
+# --- places in one file -----------------------------------------------------------------------------------------------
+
+
+def _shown(spec: ProbeSpec, file: FoundFile) -> str:
+    """Returns a file's short name: the one that was asked for, where a name was."""
+    if spec.object == "*" or spec.object.startswith("buildid="):
+        return file.name
+    return text(os.path.basename(spec.object)) or file.name
+
+
+def _places(spec: ProbeSpec, index: SymbolIndex, module: str) -> Iterator[_Place]:
+    """Yields the places that a probe's point means in a file. Raises NotFound where it has none."""
+    point = spec.point
+    if point.kind is PointKind.OFFSET:
+        symbol = index.at(point.offset)
+        inside = symbol is not None and point.offset < index.end_of(symbol)
+        yield _Place(point.offset, symbol if inside else None)
+        return
+    if point.kind is PointKind.GLOB:
+        found = index.glob(point.value)
+        if not found:
+            raise NotFound(f"no symbol in {module} matches `{point.value}`")
+    else:
+        found = index.find(point.value)
+        if not found:
+            raise index.not_found(point.value, module)
+    for symbol in found:
+        yield _symbol_place(index, symbol, point.offset, module)
+
+
+def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str) -> _Place:
+    error: TraplineError | None = None
+    size = index.end_of(symbol) - symbol.offset
+    if symbol.ifunc:
+        near = [s.name for s in index.glob(f"__{symbol.name}_*") if not s.ifunc and not s.name.endswith("_chk")]
+        error = Unsupported(
+            f"`{symbol.name}` in {module} is an indirect function: the code of that name only chooses the real one, once",
+            hint="probe the implementation that is used on this processor",
+            suggestions=sorted(near, key=len)[:5],
+            reason="IndirectFunction",
+        )
+    elif offset and offset >= size:
+        error = Unsupported(
+            f"`{symbol.name}+0x{offset:x}` is beyond the end of `{symbol.name}`, which is 0x{size:x} bytes long",
+            hint=f"for another place in {module} write its offset in the file: 0x{symbol.offset + offset:x}",
+            reason="BeyondFunction",
+        )
+    return _Place(symbol.offset + offset, symbol, error)
+
+
+def _read(fd: int, index: SymbolIndex, offset: int, size: int) -> bytes:
+    try:
+        return os.pread(fd, size, offset)
+    except OSError as e:
+        raise ResolveError(f"{index.path} cannot be read: {e.strerror}") from e
+
+
+def _not_executable(index: SymbolIndex, offset: int) -> Unsupported:
+    if offset >= index.size:
+        why = f"it is beyond the end of the file, which is 0x{index.size:x} bytes long"
+    else:
+        spans = ", ".join(f"0x{s.offset:x} to 0x{s.end:x}" for s in index.segments) or "nowhere"
+        why = f"code is at {spans}"
+    return Unsupported(
+        f"offset 0x{offset:x} of {index.path} is not in its code: {why}",
+        hint="an offset is one in the file, not an address; `symbol+offset` is easier to get right",
+        reason="NotExecutable",
+    )
+
+
+def _anchor(index: SymbolIndex, place: _Place) -> int:
+    """Returns the nearest offset at or before a place where an instruction surely begins, or one from where decoding is
+    in step in time."""
+    segment = index.segment_at(place.offset)
+    known = [start for start, size in index.code_sections if start <= place.offset < start + size]
+    symbol = place.symbol or index.at(place.offset)
+    if symbol is not None:
+        known.append(symbol.offset)
+    if index.entry is not None and index.entry <= place.offset:
+        known.append(index.entry)
+    start = max(known, default=segment.offset if segment else place.offset)
+    return start if place.offset - start < MAX_DECODED else place.offset - _BACK_BYTES
+
+
+def _require_boundary(fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
+    """Raises Unsupported where no instruction begins at a place."""
+    if place.symbol is not None and not place.symbol_offset:
+        return
+    segment = index.segment_at(place.offset)
+    to_addr = segment.vaddr - segment.offset if segment else 0
+    start = _anchor(index, place)
+    code = _read(fd, index, start, place.offset - start + _CODE_BYTES)
+    over = instruction_over(code, start + to_addr, place.offset + to_addr)
+    if over is None or over.addr == place.offset + to_addr:
+        return
+    begin = over.addr - to_addr
+    near = [f"{module}:{_Place(o, place.symbol).label}" for o in (begin, begin + over.length)]
+    raise Unsupported(
+        f"{module}:{place.label} is inside the instruction `{over.text}`, which begins {place.offset - begin} bytes before",
+        hint="a probe goes where an instruction begins",
+        suggestions=near,
+        reason="MidInstruction",
+    )
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _first_refusal(plan: Plan) -> TraplineError:
+    refused: Iterable[TraplineError] = (TraplineError.from_wire(s.refused) for s in plan.resolved if s.refused)
+    return next(iter(refused))
+
+
+def _target(host: str, process: ProcessFacts, label: str, site: SitePlan, refused: tuple[str, str] | None) -> Target:
+    return Target(
+        host=host,
+        pid=process.pid,
+        start_time=process.start_time,
+        comm=process.comm,
+        module=site.path,
+        symbol=label.partition(":")[2],
+        offset=site.offset,
+        state=TargetState.REFUSED if refused else TargetState.ARMED,
+        reason=refused[0] if refused else "",
+        message=refused[1] if refused else "",
+    )
+
+
+def _symbol(symbol: SymbolAt, file: FoundFile, index: SymbolIndex) -> Symbol:
+    return Symbol(
+        name=symbol.name if symbol.default else f"{symbol.name}@{symbol.version}",
+        module=text(file.path),
+        build_id=index.build_id,
+        offset=symbol.offset,
+        size=symbol.size,
+        bind=symbol.bind,
+    )
+
+
+def _is_32_bit(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            return file.read(5) == b"\x7fELF\x01"
+    except OSError:
+        return False
