@@ -53,8 +53,8 @@ export class Api {
 
   processes(host: string, filter: string, pageSize: number, pageToken = ""): Promise<Result<{ items: Process[]; next: string }>> {
     return this.take(
-      this.http.GET("/api/v1/hosts/{id}/processes", {
-        params: { path: { id: host }, query: { filter, page_size: pageSize, ...(pageToken ? { page_token: pageToken } : {}) } },
+      this.http.GET("/api/v1/hosts/{host}/processes", {
+        params: { path: { host }, query: { filter, page_size: pageSize, ...(pageToken ? { page_token: pageToken } : {}) } },
       }),
       (b) => ({ items: b.items as Process[], next: b.next_page_token ?? "" }),
     );
@@ -80,11 +80,11 @@ export class Api {
   }
 
   deleteProbe(id: string): Promise<Result<Probe>> {
-    return this.take(this.http.DELETE("/api/v1/probes/{id}", { params: { path: { id } } }), (b) => b as Probe);
+    return this.take(this.http.DELETE("/api/v1/probes/{probe}", { params: { path: { probe: id } } }), (b) => b as Probe);
   }
 
   targets(id: string): Promise<Result<Target[]>> {
-    return this.take(this.http.GET("/api/v1/probes/{id}/targets", { params: { path: { id } } }), (b) => b.items as Target[]);
+    return this.take(this.http.GET("/api/v1/probes/{probe}/targets", { params: { path: { probe: id } } }), (b) => b.items as Target[]);
   }
 
   streamTicket(): Promise<Result<string>> {

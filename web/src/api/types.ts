@@ -5,7 +5,7 @@ import type { components } from "./schema";
 type Schemas = components["schemas"];
 
 /** The schema calls a field with a default optional; in what the service sends none is missing. */
-type Answer<T> = T extends readonly (infer U)[] ? Answer<U>[] : T extends object ? { [K in keyof T]-?: Answer<Exclude<T[K], undefined>> } : T;
+export type Answer<T> = T extends readonly (infer U)[] ? Answer<U>[] : T extends object ? { [K in keyof T]-?: Answer<Exclude<T[K], undefined>> } : T;
 
 export type Host = Answer<Schemas["Host"]>;
 export type Process = Answer<Schemas["Process"]>;
@@ -19,13 +19,4 @@ export type SymbolPage = Answer<Schemas["SymbolPage"]>;
 export type SymbolInfo = Answer<Schemas["Symbol"]>;
 
 /** What every error of the API says (RFC 9457), and what `TraplineError.to_wire` gives inside of answers. */
-export interface Problem {
-  title: string;
-  detail: string;
-  status: number;
-  code: string;
-  reason: string;
-  hint: string;
-  suggestions: string[];
-  caret: string;
-}
+export type Problem = Omit<Schemas["Problem"], "type" | "errors">;

@@ -128,15 +128,16 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
     throw new CodecError(`header of ${headLength} bytes does not fit a frame of ${frame.byteLength}`);
   }
   const raw = readHeader(new Uint8Array(frame, at + 8, headLength));
-  const count = Number(raw["count"]);
-  const seq = Number(raw["seq"]);
+  const count = Number(big(raw["count"]));
+  const seq = Number(big(raw["seq"]));
   if (!(count > 0 && count <= MAX_ROWS) || !(seq >= 0)) throw new CodecError(`count ${count}, sequence ${seq}`);
-  const strings = Array.isArray(raw["strings"]) ? (raw["strings"] as Uint8Array[]) : [];
+  const strings = list(raw["strings"]).map(bytes);
 
   let offset = at + pad8(8 + headLength);
   const columns = new Map<string, { type: ColumnType; data: ColumnData }>();
   const declared = readColumns(raw["columns"]);
   for (const { name, type } of declared) {
+    if (columns.has(name)) throw new CodecError(`column ${name} is there twice`);
     const size = count * (type === "u64" ? 8 : type === "u8" ? 1 : 4);
     if (offset + size > frame.byteLength) throw new CodecError(`column ${name} goes beyond the frame`);
     columns.set(name, { type, data: layOver(frame, offset, count, type) });
@@ -162,9 +163,9 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
     t1: big(raw["t1"]),
     clockOffset: big(raw["clock_offset"]),
     generation: Number(raw["generation"] ?? 1),
-    sites: (raw["sites"] as string[] | undefined) ?? [],
-    comms: (raw["comms"] as Record<number, string> | undefined) ?? {},
-    drops: numbers(raw["drops"]),
+    sites: list(raw["sites"]).map(text),
+    comms: Object.fromEntries(entries(raw["comms"]).map(([pid, comm]) => [pid, text(comm)])),
+    drops: Object.fromEntries(entries(raw["drops"]).map(([stage, n]) => [stage, Number(n)])),
   };
   return new HitBatch(
     header,
@@ -190,8 +191,10 @@ function readHeader(bytes: Uint8Array): Record<string, unknown> {
 }
 
 function readColumns(value: unknown): { name: string; type: ColumnType }[] {
-  if (!Array.isArray(value)) throw new CodecError("header has no columns");
-  const columns = value as { name: string; type: ColumnType }[];
+  const columns = list(value).map((c) => {
+    const fields = Object.fromEntries(entries(c));
+    return { name: text(fields["name"]), type: text(fields["type"]) as ColumnType };
+  });
   FIXED.forEach((want, i) => {
     const c = columns[i];
     if (!c || `${c.name}:${c.type}` !== want) throw new CodecError(`column ${i} is not ${want}`);
@@ -214,12 +217,21 @@ function layOver(frame: ArrayBuffer, offset: number, count: number, type: Column
 }
 
 const pad8 = (n: number): number => (n + 7) & ~7;
-const text = (v: unknown): string => (typeof v === "string" ? v : "");
-const big = (v: unknown): bigint => (typeof v === "bigint" ? v : BigInt(Number(v ?? 0)));
 
-function numbers(v: unknown): Record<string, number> {
-  if (typeof v !== "object" || v === null) return {};
-  return Object.fromEntries(Object.entries(v).map(([k, n]) => [k, Number(n)]));
+// What a header's field must be; one that is something else makes the frame malformed.
+
+function wrong(v: unknown, what: string): never {
+  throw new CodecError(`header has ${typeof v} where ${what} belongs`);
+}
+
+const text = (v: unknown): string => (typeof v === "string" ? v : wrong(v, "a string"));
+const bytes = (v: unknown): Uint8Array => (v instanceof Uint8Array ? v : wrong(v, "a byte string"));
+const list = (v: unknown): unknown[] => (v === undefined ? [] : Array.isArray(v) ? v : wrong(v, "a list"));
+const entries = (v: unknown): [string, unknown][] => (v === undefined ? [] : typeof v === "object" && v !== null ? Object.entries(v) : wrong(v, "a map"));
+
+function big(v: unknown): bigint {
+  if (typeof v === "bigint") return v;
+  return Number.isInteger(v) ? BigInt(v as number) : wrong(v, "an integer");
 }
 
 const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });

@@ -1,28 +1,27 @@
-/** JSON frames of `/api/v1/stream`; the source is `trapline/protocol/stream.py`. */
+/** JSON frames of `/api/v1/stream`, typed by the service's OpenAPI document (its webhook `stream-server`). */
 
-import type { Host, Probe } from "../api/types";
+import type { components } from "../api/schema";
+import type { Answer } from "../api/types";
 
-export type Topic = "hits" | "probes" | "hosts";
+type Schemas = components["schemas"];
 
-export interface Subscribe {
-  type: "subscribe";
-  id: string;
-  topic: Topic;
-}
+export type ClientMessage = Pick<Schemas["Subscribe"], "type" | "id" | "topic">;
+export type Topic = Schemas["Subscribe"]["topic"];
+/** This page asks for hits in binary, so that `HitItems` never comes. */
+export type ServerMessage = Answer<Schemas["Subscribed"] | Schemas["Status"] | Schemas["Gap"] | Schemas["StreamError"] | Schemas["Bye"]>;
+/** What concerns the page; the connection handles the others itself. */
+export type StreamMessage = Exclude<ServerMessage, { type: "subscribed" | "bye" }>;
 
-export type ServerMessage =
-  | { type: "subscribed"; id: string; number: number }
-  | { type: "status"; id: string; probe?: Probe | null; host?: Host | null; removed?: string | null }
-  | { type: "gap"; id: string; probe: string; host: string; count: number; stage: string }
-  | { type: "error"; id: string; error: Record<string, unknown> }
-  | { type: "bye"; reason: string; retry_after: number };
-
-const TYPES = new Set(["subscribed", "status", "gap", "error", "bye"]);
+const TYPES: ReadonlySet<string> = new Set<ServerMessage["type"]>(["subscribed", "status", "gap", "error", "bye"]);
 
 /** Reads a text frame; null for what this version does not know. */
 export function parseServerMessage(text: string): ServerMessage | null {
-  const value: unknown = JSON.parse(text);
-  if (typeof value !== "object" || value === null) return null;
-  const type = (value as { type?: unknown }).type;
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch {
+    return null;
+  }
+  const type = typeof value === "object" && value !== null && "type" in value ? value.type : null;
   return typeof type === "string" && TYPES.has(type) ? (value as ServerMessage) : null;
 }

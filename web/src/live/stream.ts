@@ -5,7 +5,7 @@
  */
 
 import { CodecError, decodeBatch, type HitBatch } from "./codec";
-import { parseServerMessage, type ServerMessage, type Topic } from "./messages";
+import { parseServerMessage, type ClientMessage, type StreamMessage, type Topic } from "./messages";
 import type { Problem } from "../api/types";
 
 export const SUBPROTOCOL = "trapline.v1.binary";
@@ -23,7 +23,7 @@ export interface StreamEvents {
   /** A topic's subscription stands; after a cut it is called again. */
   subscribed(topic: Topic): void;
   batch(batch: HitBatch): void;
-  message(message: Exclude<ServerMessage, { type: "subscribed" | "bye" }>): void;
+  message(message: StreamMessage): void;
   /** A frame that means nothing here; the connection stays. */
   malformed(why: string): void;
 }
@@ -95,7 +95,10 @@ export class LiveStream {
     this.socket = socket;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
-      for (const topic of TOPICS) socket.send(JSON.stringify({ type: "subscribe", id: topic, topic }));
+      for (const topic of TOPICS) {
+        const message: ClientMessage = { type: "subscribe", id: topic, topic };
+        socket.send(JSON.stringify(message));
+      }
     };
     socket.onmessage = ({ data }) => this.receive(data);
     socket.onclose = () => {

@@ -32,6 +32,8 @@ export class LiveTail {
   private readonly expected = new Map<string, number>();
   /** (probe, source) pairs that were heard before a cut and not since: their first batch tells what was missed. */
   private readonly cut = new Set<string>();
+  /** Losses that the service itself told of since the cut, by probe and host: they are no part of what the cut cost. */
+  private readonly told = new Map<string, number>();
 
   constructor(limits: RingLimits = DEFAULT_LIMITS) {
     this.all = new HitRing(limits);
@@ -44,13 +46,11 @@ export class LiveTail {
     const source = `${h.probe}\n${h.source}`;
     const missed = h.seq - (this.expected.get(source) ?? h.seq);
     this.expected.set(source, h.seq + h.count);
-    let told = 0;
-    for (const [stage, count] of Object.entries(h.drops)) {
-      told += count;
-      this.gap({ probe: h.probe, host: h.host, count, stage, atMs: nowMs });
-    }
-    if (this.cut.delete(source) && missed > told) {
-      this.gap({ probe: h.probe, host: h.host, count: missed - told, stage: "disconnected", atMs: nowMs });
+    const place = `${h.probe}\n${h.host}`;
+    if (this.cut.delete(source)) {
+      const unexplained = missed - (this.told.get(place) ?? 0);
+      this.gap({ probe: h.probe, host: h.host, count: unexplained, stage: "disconnected", atMs: nowMs });
+      this.told.delete(place);
     }
     this.totalHits += h.count;
     if (this.isPaused) {
@@ -65,6 +65,8 @@ export class LiveTail {
 
   gap(gap: GapNote): void {
     if (gap.count <= 0) return;
+    const place = `${gap.probe}\n${gap.host}`;
+    if (this.cut.size > 0) this.told.set(place, (this.told.get(place) ?? 0) + gap.count);
     if (this.isPaused) {
       this.pending.pushGap(gap);
     } else {
@@ -76,6 +78,7 @@ export class LiveTail {
 
   /** The connection was lost: what came meanwhile shows in the sequence numbers of what comes next. */
   disconnected(): void {
+    this.told.clear();
     for (const source of this.expected.keys()) this.cut.add(source);
   }
 

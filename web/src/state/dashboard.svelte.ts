@@ -8,7 +8,7 @@ import { SvelteMap } from "svelte/reactivity";
 import { Api, type Identity } from "../api/client";
 import type { Host, Probe, ProbeCreate, Problem } from "../api/types";
 import type { HitBatch } from "../live/codec";
-import type { ServerMessage, Topic } from "../live/messages";
+import type { StreamMessage, Topic } from "../live/messages";
 import { RateMeter, latestRate } from "../live/rates";
 import { LiveStream, browserWorld, type LinkState, type StreamEvents } from "../live/stream";
 import { LiveTail, type TailSnapshot } from "../live/tail";
@@ -157,7 +157,7 @@ export class Dashboard implements StreamEvents {
     this.meter.add(batch.header.probe, batch.count);
   }
 
-  message(message: Exclude<ServerMessage, { type: "subscribed" | "bye" }>): void {
+  message(message: StreamMessage): void {
     if (message.type === "gap") {
       this.tail.gap({ probe: message.probe, host: message.host, count: message.count, stage: message.stage, atMs: Date.now() });
       this.meter.add(message.probe, message.count);

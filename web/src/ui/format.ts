@@ -96,6 +96,7 @@ const STAGES: Record<string, string> = {
   "agent-outbox": "the agent's outbox was full",
   "subscriber-queue": "this page was slower than the stream",
   paused: "the stream was paused",
+  unknown: "nobody said where",
   disconnected: "the connection was away",
 };
 
