@@ -167,12 +167,12 @@ async def socket_principal(
         OriginRefused: a browser, on a page of another origin.
     """
     origin = websocket.headers.get("origin")
-    if origin is not None and origin not in allowed_origins:
-        # Programs send no Origin, browsers always do and cannot change it (RFC 6455, section 10.2).
-        if urlsplit(origin).netloc.lower() != websocket.headers.get("host", "").lower():
-            raise OriginRefused(
-                f"pages of {origin} may not open this WebSocket", hint="add the origin to TRAPLINE_ALLOWED_ORIGINS"
-            )
+    # Programs send no Origin, browsers always do and cannot change it (RFC 6455, section 10.2).
+    own = websocket.headers.get("host", "").lower()
+    if origin is not None and origin not in allowed_origins and urlsplit(origin).netloc.lower() != own:
+        raise OriginRefused(
+            f"pages of {origin} may not open this WebSocket", hint="add the origin to TRAPLINE_ALLOWED_ORIGINS"
+        )
     scheme, _, token = websocket.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return await tokens.check(token.strip())

@@ -15,6 +15,7 @@ from typing import Self
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from trapline.errors import Unavailable
 from trapline.protocol.messages import MAX_TEXT_BYTES
@@ -51,7 +52,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Server:
-    """A service that listens; ``async with Server(settings) as server: ...``, or ``start`` and ``stop`` from one task.
+    """A service that listens: ``async with Server(settings) as server: ...``, or ``start`` and ``stop``.
 
     Attributes:
         port: the TCP port it listens on, once started.
@@ -63,10 +64,8 @@ class Server:
         """``store``: None: the SQLite file in the settings' state directory."""
         self._settings = settings
         self._app = create_app(settings, store)
-        self._running = contextlib.AsyncExitStack()
-        self._socket: socket.socket | None = None
-        self._uvicorn: _Uvicorn | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
         self.port = 0
         self.url = ""
         self.new_token: str | None = None
@@ -82,63 +81,51 @@ class Server:
 
         Raises:
             Unavailable: the address cannot be had, or the store cannot be opened.
+            Conflict: the store is of another release.
         """
         # The address first: when another service has it, its database must not be touched.
-        self._socket = _listen(self._settings.host, self._settings.port)
-        try:
-            # Not uvicorn's own lifespan, which ends the process when it fails.
-            await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
-        except BaseException:
-            self._socket.close()
-            raise
-        host, self.port = self._socket.getsockname()[:2]
+        listener = _listen(self._settings.host, self._settings.port)
+        host, self.port = listener.getsockname()[:2]
         self.url = f"http://{_reachable(host)}:{self.port}"
-        self.new_token = self.service.new_token
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                self._app,
-                lifespan="off",
-                ws="websockets-sansio",
-                ws_max_size=MAX_TEXT_BYTES,
-                ws_per_message_deflate=False,
-                ws_ping_interval=_PING_INTERVAL_S,
-                ws_ping_timeout=_PING_TIMEOUT_S,
-                timeout_graceful_shutdown=_GRACE_S,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-            )
-        )
-        self._serving = asyncio.create_task(self._uvicorn.serve([self._socket]), name="uvicorn")
-        listening = asyncio.create_task(self._uvicorn.listening.wait())
-        await asyncio.wait({self._serving, listening}, return_when=asyncio.FIRST_COMPLETED)
-        listening.cancel()
-        if self._serving.done():
-            await self.stop()
-            raise Unavailable(f"the server at {self.url} ended as it started", hint="see its log")
+        ready = asyncio.Event()
+        # A task of its own, so that start and stop may be called from any.
+        self._running = asyncio.create_task(self._run(listener, ready), name="trapline-service")
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({self._running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._running.done():
+            await self._running
         log.info("listening on %s", self.url)
 
     async def stop(self) -> None:
         """Says good-bye to all peers, writes what is unsaved, and stops. May be called twice."""
-        serving, self._serving = self._serving, None
-        try:
-            if serving is not None and self._uvicorn is not None:
-                self.service.say_goodbye()
-                self._uvicorn.should_exit = True
-                await serving
-                for connection in list(self._uvicorn.server_state.connections):
-                    # A peer that reads nothing never takes the last bytes.
-                    connection.transport.abort()
-        finally:
-            await self._running.aclose()
-            if self._socket is not None:
-                self._socket.close()
+        self._stopping.set()
+        if self._running is not None:
+            await self._running
 
     async def wait(self) -> None:
-        """Returns when it has stopped of itself, which it does not unless something is wrong."""
-        if self._serving is not None:
-            await asyncio.shield(self._serving)
+        """Returns when it has stopped; raises what went wrong if it did so by itself."""
+        if self._running is not None:
+            await asyncio.shield(self._running)
+
+    async def _run(self, listener: socket.socket, ready: asyncio.Event) -> None:
+        with contextlib.closing(listener):
+            # Not uvicorn's own lifespan, which ends the process when it fails.
+            async with self._app.router.lifespan_context(self._app):
+                self.new_token = self.service.new_token
+                server = _Uvicorn(_config(self._app))
+                serving = asyncio.create_task(server.serve([listener]), name="uvicorn")
+                try:
+                    await server.listening.wait()
+                    ready.set()
+                    await self._stopping.wait()
+                finally:
+                    self.service.say_goodbye()
+                    server.should_exit = True
+                    await asyncio.shield(serving)
+                    for connection in list(server.server_state.connections):
+                        # A peer that reads nothing never takes the last bytes.
+                        connection.transport.abort()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -148,6 +135,23 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="websockets-sansio",
+        ws_max_size=MAX_TEXT_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=_PING_INTERVAL_S,
+        ws_ping_timeout=_PING_TIMEOUT_S,
+        timeout_graceful_shutdown=_GRACE_S,
+        log_config=None,
+        access_log=False,  # URLs may hold stream tickets
+        server_header=False,
+        proxy_headers=False,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -197,8 +201,10 @@ def run(settings: Settings, *, on_ready: Callable[[Server], None] | None = None)
             ended = asyncio.create_task(server.wait())
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
             stopped.cancel()
+            if ended.done():
+                await ended
+            ended.cancel()
 
     # Decoding a large batch makes many small objects; the collector's default halves its speed (measured).
     gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
