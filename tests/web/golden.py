@@ -63,18 +63,27 @@ def batches() -> dict[str, HitBatch]:
             strings=STRINGS,
         ),
         "every status, and one to come": _batch(
-            9, schema([("p", False), ("s", True)]), {"p": list(range(9)), "p?": [*range(7), 9, 255], "s": [0] * 9, "s?": [0] * 9},
+            9,
+            schema([("p", False), ("s", True)]),
+            {"p": list(range(9)), "p?": [*range(7), 9, 255], "s": [0] * 9, "s?": [0] * 9},
             strings=[b"x"],
         ),
         "sites, drops, a later generation": _batch(
-            3, schema([]), {"site": [1, 0, 7]}, sites=["libc.so.6:malloc", "libc.so.6:free"], drops={"tracer-ring": 40}, generation=3
+            3,
+            schema([]),
+            {"site": [1, 0, 7]},
+            sites=["libc.so.6:malloc", "libc.so.6:free"],
+            drops={"tracer-ring": 40},
+            generation=3,
         ),
         "numbers beyond 32 bits": _batch(2, schema([]), {}, seq=2**40 + 3, clock_offset=-3_000_000_000, comms={}),
         "odd paddings": _batch(
-            5, schema([(f"a{i}", i % 2 == 1) for i in range(5)]), {f"a{i}{q}": [0] * 5 for i in range(5) for q in ("", "?")},
+            5,
+            schema([(f"a{i}", i % 2 == 1) for i in range(5)]),
+            {f"a{i}{q}": [0] * 5 for i in range(5) for q in ("", "?")},
             strings=[b"only"],
         ),
-    }  # fmt: skip
+    }
 
 
 def _frame(header: dict[str, Any], body: bytes = b"") -> bytes:
@@ -108,19 +117,17 @@ def malformed() -> dict[str, bytes]:
 
 def document() -> str:
     """Returns the file's text."""
+    shown = {"probe", "host", "seq", "ts_ns", "pid", "tid", "comm", "site", "args", "status"}
     good = [
         {
             "name": name,
             "frame": batch.encode().hex(),
             "drops": batch.header.drops,
             "generation": batch.header.generation,
-            "hits": [
-                hit.model_dump(mode="json", include={"probe", "host", "seq", "ts_ns", "pid", "tid", "comm", "site", "args", "status"})
-                for hit in batch.hits()
-            ],
+            "hits": [hit.model_dump(mode="json", include=shown) for hit in batch.hits()],
         }
         for name, batch in batches().items()
-    ]  # fmt: skip
+    ]
     bad = [{"name": name, "frame": frame.hex()} for name, frame in malformed().items()]
     return json.dumps({"batches": good, "malformed": bad}, indent=1, ensure_ascii=True) + "\n"
 
