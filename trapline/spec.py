@@ -594,7 +594,7 @@ class _Reader:
         try:
             body = ast.parse(source, mode="eval").body
         except SyntaxError as e:
-            self.fail(f"{what}: {e.msg}", start + max(0, (e.offset or 1) - 1))
+            self.fail(f"{what}: {e.msg}", start + min((e.offset or len(source) + 1) - 1, len(source)))
         except (ValueError, RecursionError, MemoryError):
             self.fail(f"{what} is too complex", start)
         stack: list[ast.AST] = [body]

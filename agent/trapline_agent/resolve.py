@@ -463,7 +463,7 @@ def _require_boundary(fd: int, index: SymbolIndex, place: _Place, module: str) -
     begin = over.addr - to_addr
     near = [f"{module}:{_Place(o, place.symbol).label}" for o in (begin, begin + over.length)]
     raise Unsupported(
-        f"{module}:{place.label} is inside the instruction `{over.text}`, which begins {place.offset - begin} bytes before",
+        f"{module}:{place.label} is in the middle of the instruction `{over.text}`",
         hint="a probe goes where an instruction begins",
         suggestions=near,
         reason="MidInstruction",

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from trapline.errors import ResolveError, Unsupported
 
 PAGE = 4096
-_MAX_TABLE = 512 << 20
-"""Bytes of one section that are read: some browsers' string tables come near to it."""
+_MAX_TABLE = 256 << 20
+"""Bytes of one section that are read: the symbols' names of some browsers come near to it."""
 _MAX_SMALL = 1 << 20
 """Bytes of notes, dynamic sections and version definitions that are read."""
 _MAX_SEGMENTS = 4096
@@ -286,7 +286,8 @@ class ElfFile:
         found = self._sections[self._sections["type"] == kind]
         if not len(found):
             return None
-        table = self._table(int(found[0]["offset"]), int(found[0]["size"]), _SYM, "symbol table")
+        limit = _MAX_SYMBOLS * _SYM.itemsize
+        table = self._table(int(found[0]["offset"]), int(found[0]["size"]), _SYM, "symbol table", limit)
         link = int(found[0]["link"])
         if link >= len(self._sections):
             raise self._malformed("its symbol table has no names")
@@ -302,8 +303,6 @@ class ElfFile:
         offsets, in_code = self._code_offsets(table)
         in_code &= table["name"] < len(strings)
         keep = np.flatnonzero(in_code)
-        if len(keep) > _MAX_SYMBOLS:
-            raise ResolveError(f"{self.path} has {len(keep)} symbols, too many to read", reason="TooLarge")
         table, offsets = table[keep], offsets[keep]
         texts = self._names(table["name"], strings)
         if versions is None:
@@ -342,6 +341,8 @@ class ElfFile:
     def _names(self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]) -> list[str]:
         if not len(starts):
             return []
+        if len(strings) - np.count_nonzero(strings) > _MAX_SYMBOLS + _MAX_SMALL:
+            raise self._malformed("its symbols' names are empty")
         nuls = np.flatnonzero(strings == 0)
         which = np.searchsorted(nuls, starts)
         if not len(nuls) or int(which.max()) >= len(nuls):

@@ -1,0 +1,306 @@
+"""The probe language: what is read, what is refused and where the caret stands, and that text and spec round-trip."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trapline.errors import SpecError, Unsupported
+from trapline.model import CaptureKind, Point, PointKind, ProbeKind, ProbeSpec
+from trapline.spec import MAX_TEXT, REGISTERS, WHERE_KEYS, format_probe, parse_probe, require_supported
+
+
+def caret(error: SpecError | Unsupported) -> str:
+    """What the caret points at: the rest of the text from there."""
+    assert error.position is not None
+    assert 0 <= error.position <= len(error.text)
+    return error.text[error.position :]
+
+
+@pytest.mark.parametrize(
+    ("text", "object_", "point"),
+    [
+        ("libc.so.6:malloc", "libc.so.6", Point(kind=PointKind.SYMBOL, value="malloc")),
+        ("redis-server:processCommand", "redis-server", Point(kind=PointKind.SYMBOL, value="processCommand")),
+        (
+            "/usr/bin/python3.11:PyEval_EvalFrame+0x10",
+            "/usr/bin/python3.11",
+            Point(kind=PointKind.SYMBOL, value="PyEval_EvalFrame", offset=16),
+        ),
+        ("app:f+16", "app", Point(kind=PointKind.SYMBOL, value="f", offset=16)),
+        ("app:0x1234", "app", Point(kind=PointKind.OFFSET, offset=0x1234)),
+        ("app:str*_copy[0-9]", "app", Point(kind=PointKind.GLOB, value="str*_copy[0-9]")),
+        ("*:malloc", "*", Point(kind=PointKind.SYMBOL, value="malloc")),
+        ("buildid=ABCDEF01:f", "buildid=abcdef01", Point(kind=PointKind.SYMBOL, value="f")),
+        ("libc.so.6:memcpy@@GLIBC_2.14", "libc.so.6", Point(kind=PointKind.SYMBOL, value="memcpy@@GLIBC_2.14")),
+        (r"app:/^a\/b$/", "app", Point(kind=PointKind.REGEX, value="^a/b$")),
+        ("app:server.c:120", "app", Point(kind=PointKind.LINE, value="server.c", offset=120)),
+        ('app:"my file.c":7', "app", Point(kind=PointKind.LINE, value="my file.c", offset=7)),
+        ('app:"ns::Cls::operator->"', "app", Point(kind=PointKind.TEXT, value="ns::Cls::operator->")),
+        ("app:ns::f", "app", Point(kind=PointKind.TEXT, value="ns::f")),
+        ('go:"main.(*T).Get"', "go", Point(kind=PointKind.SYMBOL, value="main.(*T).Get")),
+        ("'/opt/my app/x':f", "/opt/my app/x", Point(kind=PointKind.SYMBOL, value="f")),
+        ('"u":main', "u", Point(kind=PointKind.SYMBOL, value="main")),
+    ],
+)
+def test_object_and_point(text: str, object_: str, point: Point) -> None:
+    spec = parse_probe(text)
+    assert (spec.object, spec.point, spec.kind) == (object_, point, ProbeKind.ENTRY)
+    assert parse_probe(spec.text) == spec
+
+
+def test_every_clause() -> None:
+    spec = parse_probe(
+        " slow = ur:app:f {size=arg0, str(arg1,128), reg.rbx} @ comm=nginx*, host=web-* if arg0 > 3 -> hist(arg0) by (pid)"
+    )
+    assert spec.name == "slow"
+    assert spec.kind is ProbeKind.RETURN
+    assert spec.where == {"comm": "nginx*", "host": "web-*"}
+    assert spec.condition == "arg0 > 3"
+    assert spec.aggregate == "hist(arg0) by (pid)"
+    assert [(c.name, c.text, c.operand, c.kind, c.max_bytes) for c in spec.captures] == [
+        ("size", "arg0", "arg0", CaptureKind.WORD, 64),
+        ("str(arg1, 128)", "str(arg1, 128)", "arg1", CaptureKind.STRING, 128),
+        ("reg.rbx", "reg.rbx", "reg.rbx", CaptureKind.WORD, 64),
+    ]
+    assert spec.text == (
+        "slow=ur:app:f @ comm=nginx*, host=web-* if arg0 > 3 {size=arg0, str(arg1, 128), reg.rbx} -> hist(arg0) by (pid)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            "p:rl /bin/bash:readline text=+0(%di):string n=%si:u64",
+            "rl=/bin/bash:readline {text=str(reg.rdi), n=reg.rsi}",
+        ),
+        ("p /bin/bash:0x4245c0", "/bin/bash:0x4245c0"),
+        ("p:grp/ev /bin/bash:f $arg1", "ev=/bin/bash:f {arg0}"),
+        ("r:rl /bin/bash:readline", "rl=ur:/bin/bash:readline"),
+        ("/bin/bash:readline%return", "ur:/bin/bash:readline"),
+        ("uprobe:/bin/bash:readline", "/bin/bash:readline"),
+        ("uretprobe:/bin/bash:readline", "ur:/bin/bash:readline"),
+        ("usdt:/bin/app:prov:name", 'usdt:/bin/app:"prov:name"'),
+        ("app:f {$rdi, x=%si}", "app:f {reg.rdi, x=reg.rsi}"),
+        ("p:main @ pid=3", '"p":main @ pid=3'),
+    ],
+)
+def test_other_tools_habits(theirs: str, ours: str) -> None:
+    assert parse_probe(theirs).text == ours
+    assert parse_probe(ours).text == ours
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "says"),
+    [
+        ("", "", "empty"),
+        ("malloc", "malloc", "`*:malloc`, `PROGRAM:malloc`"),
+        ("u:malloc", "malloc", "`*:malloc`"),
+        ("server.c:120", "120", "OBJECT:FILE:LINE"),
+        ("app:", "", "expected a symbol"),
+        (":f", ":f", "expected the object"),
+        ("./app:f", "./app:f", "relative path"),
+        ("lib*:f", "lib*:f", "patterns over objects"),
+        ("buildid=xyz:f", "xyz:f", "build-id"),
+        ("kprobe:vfs_read", "kprobe:vfs_read", "kernel"),
+        ("uprobe:/bin/bash:0x42", "0x42", "virtual"),
+        ("app:f+x", "x", "SYMBOL+BYTES"),
+        ("app:f*+4", "+4", "one symbol"),
+        ("app:f(int)", "(int)", "quote"),
+        ("app:f @ comn=x", "comn=x", "did you mean `comm`"),
+        ("app:f @ process=x", "process=x", "did you mean `comm`"),
+        ("app:f @ pid=abc", "abc", "process number"),
+        ("app:f @ pid=1, pid=2", "pid=2", "twice"),
+        ("app:f {arg0", "", "expected `}`"),
+        ("app:f {}", "}", "expected a value"),
+        ("app:f {arg0, arg0}", "arg0}", "two captured values"),
+        ("app:f {pid=arg0}", "arg0}", "every hit has"),
+        ("app:f {reg.rdj}", "reg.rdj}", "`reg.rdi`"),
+        ("app:f {rdi}", "rdi}", "did you mean `reg.rdi`"),
+        ("app:f {str(arg0, 5000)}", "5000)}", "4096"),
+        ("app:f {arg0 +}", "}", "value to capture"),
+        ("app:f {lambda: 1}", "lambda: 1}", "Lambda"),
+        ("app:f if x {arg0} if y", "if y", "second `if`"),
+        ("app:f -> cuont()", "cuont()", "did you mean `count`"),
+        ("app:f /pid == 3/", "/pid == 3/", "@ pid=N"),
+        ("app:f nonsense", "nonsense", "unexpected"),
+        ('app:"f', '"f', "not closed"),
+        ("app:f {arg0, é, str(arg1, 0)}", "é, str(arg1, 0)}", "é"),
+    ],
+)
+def test_wrong_texts_say_what_and_where(text: str, at: str, says: str) -> None:
+    with pytest.raises((SpecError, Unsupported)) as e:
+        parse_probe(text)
+    assert caret(e.value) == at
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "feature"),
+    [
+        ("app:f {arg0 + 1}", "arg0 + 1}", "a value other"),
+        ("app:f {x=u32(arg0)}", "u32(arg0)}", "`u32()`"),
+        ("app:f {retval}", "retval}", "`retval`"),
+        ("app:f {arg6}", "arg6}", "stack"),
+        ("app:f {size}", "size}", "by its name"),
+        ("app:f {str(arg0, arg1)}", "arg1)}", "computed length"),
+        ("p:n /a:f %di:u32", "%di:u32", "`u32`"),
+    ],
+)
+def test_captures_beyond_this_release_are_unsupported(text: str, at: str, feature: str) -> None:
+    with pytest.raises(Unsupported) as e:
+        parse_probe(text)
+    assert caret(e.value) == at
+    assert feature in e.value.detail
+    assert e.value.reason == "NotInThisRelease"
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "feature"),
+    [
+        ("ur:app:f", "ur:app:f", "return probes"),
+        ("usdt:app:x", "usdt:app:x", "USDT"),
+        ("app:/x/", "/x/", "regular expression"),
+        ("app:a.c:3", "a.c:3", "source line"),
+        ("app:a::b", '"a::b"', "source language"),
+        ("app:f @ pid=3, label=a", ", label=a", "`label`"),
+        ("app:f @ container=a", "@ container=a", "`container`"),
+        ("app:f @ cgroup=a", "@ cgroup=a", "`cgroup`"),
+        ("app:f {arg0} if arg0", "if arg0 {arg0}", "condition"),
+        ("app:f -> count()", "-> count()", "aggregate"),
+    ],
+)
+def test_features_beyond_this_release_are_refused_by_name(text: str, at: str, feature: str) -> None:
+    spec = parse_probe(text)
+    with pytest.raises(Unsupported) as e:
+        require_supported(spec)
+    assert caret(e.value) == at
+    assert feature in e.value.detail
+
+
+def test_what_is_supported_passes() -> None:
+    for text in (
+        "libc.so.6:malloc {arg0}",
+        "*:f* @ pid=1, comm=a, exe=/x, uid=0, host=h",
+        "app:0x10",
+        "app:f @ tree=7",
+    ):
+        require_supported(parse_probe(text))
+
+
+def test_too_long_and_not_text() -> None:
+    with pytest.raises(SpecError):
+        parse_probe("a:" + "b" * MAX_TEXT)
+    for text in ("a:\0", "a:\udce4"):
+        with pytest.raises(SpecError) as e:
+            parse_probe(text)
+        e.value.text.encode()
+
+
+def test_deep_nesting_is_an_error_not_a_crash() -> None:
+    for source in (
+        "(" * 2000 + "1" + ")" * 2000,
+        "-" * 3000 + "1",
+        "not " * 900 + "1",
+        "a" + ".b" * 1900,
+        "[" * 150 + "]" * 150,
+    ):
+        for text in (f"a:f if {source}", f"a:f {{{source}}}"):
+            try:
+                spec = parse_probe(text)
+            except (SpecError, Unsupported):
+                continue
+            assert parse_probe(spec.text) == spec
+
+
+# --- properties
+
+_words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=12)
+_grammar = st.sampled_from(
+    ["u", "ur", "usdt", "p", "r", ":", ":", "::", "@", "pid=", "comm=", "=", ",", "{", "}", "->", "arg0", "str(", "(", ")"]
+    + ["reg.rdi", "'", '"', "\\", "/", "*", "+", "0x1f", "7", "libc.so.6", "malloc", "app", "buildid=", "abcd", "count()"]
+    + ["%return", "%di", "$arg1", "é", "#", "[", "]", "x", " ", " ", "@ ", "if ", " by ", "\n"]
+)
+
+
+def _reads_or_refuses(text: str) -> None:
+    error: SpecError | Unsupported | None = None
+    try:
+        spec = parse_probe(text)
+    except (SpecError, Unsupported) as e:
+        error = e
+    else:
+        assert parse_probe(spec.text) == spec
+        try:
+            require_supported(spec)
+        except Unsupported as e:
+            error = e
+    if error is not None:
+        assert error.position is not None
+        assert 0 <= error.position <= len(error.text)
+        error.text.encode()
+
+
+@given(st.text(max_size=200))
+def test_any_text_gives_a_spec_or_an_error(text: str) -> None:
+    _reads_or_refuses(text)
+
+
+@settings(max_examples=2000)
+@given(st.lists(st.one_of(_grammar, _grammar, _grammar, _words), max_size=25).map("".join))
+def test_any_jumble_of_the_grammar_gives_a_spec_or_an_error(text: str) -> None:
+    _reads_or_refuses(text)
+
+
+@settings(max_examples=1000)
+@given(st.lists(_grammar, max_size=15).map("".join))
+def test_any_tail_of_a_probe_gives_a_spec_or_an_error(text: str) -> None:
+    _reads_or_refuses("app:f" + text)
+
+
+_operands = st.sampled_from(["arg0", "arg5", *(f"reg.{r}" for r in REGISTERS)])
+_expressions = st.one_of(
+    _operands, st.builds("str({})".format, _operands), st.builds("str({}, {})".format, _operands, st.integers(1, 4096))
+)
+_column_names = st.from_regex(r"[a-z][a-z0-9_]{2,10}", fullmatch=True).filter(lambda n: n not in ("site", "pid", "tid"))
+_columns = st.dictionaries(_column_names, _expressions, max_size=5)
+_points = st.one_of(
+    st.builds(Point, kind=st.just(PointKind.OFFSET), offset=st.integers(0, 2**63 - 1)),
+    st.builds(Point, kind=st.just(PointKind.REGEX), value=st.from_regex(r"[a-z^$.*]{1,9}(\\.)?/?", fullmatch=True)),
+    st.builds(Point, kind=st.just(PointKind.LINE), value=_words, offset=st.integers(1, 10**6)),
+    st.builds(
+        lambda v, o: Point(
+            kind=PointKind.TEXT if "::" in v or any(c.isspace() for c in v) else PointKind.SYMBOL, value=v, offset=o
+        ),
+        _words,
+        st.integers(0, 10**6),
+    ),
+)
+
+
+@settings(max_examples=500)
+@given(
+    name=st.from_regex(r"([A-Za-z_][A-Za-z0-9_.-]{0,20})?", fullmatch=True).filter(lambda n: n != "buildid"),
+    kind=st.sampled_from([ProbeKind.ENTRY, ProbeKind.RETURN]),
+    object_=st.one_of(
+        _words.map(lambda w: "/" + w),
+        st.sampled_from(["libc.so.6", "u", "p", "*", "buildid=00ff00ff", "a=b", "kprobe"]),
+    ),
+    point=_points,
+    where=st.dictionaries(st.sampled_from([k for k in WHERE_KEYS if k not in ("pid", "tree", "uid")]), _words),
+    columns=_columns,
+)
+def test_spec_to_text_to_spec(
+    name: str, kind: ProbeKind, object_: str, point: Point, where: dict[str, str], columns: dict[str, str]
+) -> None:
+    captures = parse_probe(
+        "a:f" + (" {" + ", ".join(f"{k}={v}" for k, v in columns.items()) + "}" if columns else "")
+    ).captures
+    spec = ProbeSpec(
+        text="", name=name, kind=kind, object=object_, point=point,
+        where={k: where[k] for k in WHERE_KEYS if k in where}, captures=captures,
+    )  # fmt: skip
+    spec.text = format_probe(spec)
+    assert parse_probe(spec.text) == spec
