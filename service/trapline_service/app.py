@@ -46,10 +46,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
 
     Args:
         settings: None: from the environment.
-        store: None: the SQLite file in the state directory. Opened and closed by the lifespan.
-
-    Raises:
-        Unavailable: the SQLite file cannot be made.
+        store: None: the SQLite file in the state directory. The lifespan opens and closes it, and raises where it cannot.
     """
     settings = settings or Settings()
 

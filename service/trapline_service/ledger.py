@@ -20,6 +20,8 @@ from trapline.protocol.messages import Observed
 log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
+_OTHER = "other"
+_UNNAMED = "unnamed"
 _DROP = "drop:"
 _AGENT_OWN = _DROP + "agent-outbox"
 """Counted by the agent, not by its tracer: it goes on when a new tracer counts from zero."""
@@ -59,9 +61,7 @@ class Tally(Model):
         """
         now = {"hits": counters.hits, "filtered": counters.filtered, "limited": counters.limited}
         now |= {_DROP + stage: count for stage, count in dropped_by_reason.items()}
-        unnamed = counters.dropped - sum(dropped_by_reason.values())
-        if unnamed > 0:
-            now[_DROP + "agent"] = unnamed
+        now[_UNNAMED] = max(0, counters.dropped - sum(dropped_by_reason.values()))
         for key, count in now.items():
             self.last[key] = max(count, self.last.get(key, 0))
 
@@ -91,7 +91,9 @@ class Tally(Model):
             result[stage] = max(seen, said)
             explained += max(0, said - seen)
         result[UNKNOWN] = max(0, self.lost.get(UNKNOWN, 0) - explained)
-        return {stage: count for stage, count in sorted(result.items()) if count}
+        # What the host counts without a name may be what was seen here under one.
+        result[_OTHER] = self._reported(_UNNAMED) - sum(n for stage, n in result.items() if stage not in told)
+        return {stage: count for stage, count in sorted(result.items()) if count > 0}
 
     def counters(self) -> Counters:
         """Returns the totals. Hits that were counted on the host and are still under way are in ``hits`` already."""
@@ -163,7 +165,8 @@ class Ledger:
                 unknown = missing - covered
                 if unknown:
                     self._undeclared[pair] = self._undeclared.get(pair, 0) + unknown
-                    span = (expected, expected + missing - 1) if not covered else (None, None)
+                    alone = not covered and not in_header
+                    span = (expected, header.seq - 1) if alone else (None, None)
                     losses.insert(0, Loss(*pair, unknown, UNKNOWN, *span))
         for loss in losses:
             tally.lost[loss.stage] = tally.lost.get(loss.stage, 0) + loss.count
@@ -178,7 +181,8 @@ class Ledger:
             return [Loss(header.probe, header.host, count, stage) for stage, count in drops]
         stage, count = drops[0]
         first = header.seq - count
-        known = first >= (expected or 0)
+        # Where other hits are missing beside these, nobody knows which numbers are whose.
+        known = first >= 0 if expected is None else first == expected
         span = (first, header.seq - 1) if known else (None, None)
         return [Loss(header.probe, header.host, count, stage, *span)]
 

@@ -11,7 +11,7 @@ from trapline_service.config import Settings
 
 
 def main() -> None:
-    # Nothing is opened for it: the application's lifespan does not run.
+    # The state directory is never looked at: the lifespan does not run.
     app = create_app(Settings(state_dir=Path(tempfile.gettempdir())))
     print(json.dumps(app.openapi(), indent=2, ensure_ascii=False))
 

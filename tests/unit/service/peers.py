@@ -225,7 +225,9 @@ class World:
         return connect(f"{self.ws}{path}", additional_headers=headers, compression=None, proxy=None, **fields)
 
     @asynccontextmanager
-    async def agent(self, host: str = "hst_a", *, name: str = "web-1", link_id: str = "lnk_1", hello: bool = True) -> Any:
+    async def agent(
+        self, host: str = "hst_a", *, name: str = "web-1", link_id: str = "lnk_1", hello: bool = True
+    ) -> Any:
         """Links an agent, and yields it once it has its whole set of probes."""
         async with self._dial("/agents/link") as connection:
             agent = AgentPeer(connection, host, link_id)
