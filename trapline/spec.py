@@ -20,32 +20,20 @@ and bpftrace (``uprobe:/path:sym``) are read where they mean the same thing, and
 
 from __future__ import annotations
 
-import ast
 import difflib
 import re
 from collections.abc import Iterator
-from typing import NoReturn
 
-from trapline.errors import SpecError, Unsupported
+from trapline.errors import Unsupported
+from trapline.expressions import ARGUMENTS, IF, WHITE_SPACE, ExpressionReader, word
 from trapline.model import Capture, CaptureKind, Point, PointKind, ProbeKind, ProbeSpec
 
 MAX_TEXT = 4096
-MAX_CAPTURES = 32
-MAX_STRING_BYTES = 4096
-DEFAULT_STRING_BYTES = 64
 MAX_PID = 1 << 22
 """PID_MAX_LIMIT of Linux, include/linux/threads.h."""
 
 WHERE_KEYS = ("pid", "tree", "comm", "exe", "uid", "container", "cgroup", "host", "label")
-REGISTERS = (
-    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags",
-)  # fmt: skip
-"""Names that ``reg.NAME`` takes; which of them exist on a host is the agent's to know."""
-ARGUMENTS = tuple(f"arg{i}" for i in range(6))
-AGGREGATES = ("count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct")
 
-_WS = " \t\n\r\f\v"
 _KINDS = {
     "u": ProbeKind.ENTRY,
     "uprobe": ProbeKind.ENTRY,
@@ -55,22 +43,15 @@ _KINDS = {
 }
 _KERNEL_KINDS = {"kprobe", "kretprobe", "tracepoint", "fentry", "fexit", "kfunc", "kretfunc", "rawtracepoint"}
 _KEY_HINTS = {"name": "comm", "process": "comm", "user": "uid", "path": "exe", "ppid": "tree", "image": "container"}
-_RESERVED_COLUMNS = {"ts", "pid", "tid", "site"}
-_LATER_NAMES = {
-    "retval", "latency", "caller", "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
-    "func", "file", "line", "buildid", "traceparent", "errno", "ctx",
-}  # fmt: skip
 
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)[ \t\n\r\f\v]*=(?!=)[ \t\n\r\f\v]*")
 _KIND = re.compile(r"([a-z]+):")
 _PERF = re.compile(
     r"(?P<kind>[pr])(?::(?:[A-Za-z_]\w*/)?(?P<name>[A-Za-z_]\w*))?[ \t]+(?!if\b|->|[@{])(?=[^\s:]+:\S)", re.ASCII
 )
-_WHERE_START = re.compile(r"@[ \t\n\r\f\v]*[A-Za-z_]+[ \t\n\r\f\v]*=")
 _BARE_OBJECT = re.compile(r"[^\s:{}\"']+")
 _BARE_POINT = re.compile(r"(?:(?!->|@[ \t\n\r\f\v]*[A-Za-z_]+[ \t\n\r\f\v]*=)[\w.$@*?\[\]!:~^+/-])+")
 _BARE_VALUE = re.compile(r"(?:(?!->)[^\s,{}\"'])+")
-_IF = re.compile(r"if(?![\w])")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PERF_ARG = re.compile(
@@ -82,14 +63,6 @@ _SAFE_SYMBOL = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$]*(?:@@?[A-Za-z0-9_.]+)?")
 _SAFE_FILE = re.compile(r"[A-Za-z_][A-Za-z0-9_./]*")
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_./*?\[\]!:+=-]+")
 _RESERVED_OBJECTS = set(_KINDS) | _KERNEL_KINDS | {"p", "r"}
-
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
-
-_EXPRESSION_NODES = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Compare,
-    ast.cmpop, ast.Call, ast.Name, ast.Load, ast.Attribute, ast.Subscript, ast.Slice, ast.Constant, ast.IfExp,
-    ast.Tuple, ast.List, ast.keyword,
-)  # fmt: skip
 
 
 def parse_probe(text: str) -> ProbeSpec:
@@ -218,40 +191,8 @@ def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
+class _Reader(ExpressionReader):
     """A recursive-descent reader over one text; ``at`` is the index of the next character."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-
-    def fail(
-        self, detail: str, at: int | None = None, *, hint: str = "", suggestions: list[str] | None = None
-    ) -> NoReturn:
-        raise SpecError(
-            detail,
-            hint=hint,
-            suggestions=suggestions or (),
-            text=self.text,
-            position=min(self.at if at is None else at, len(self.text)),
-        )
-
-    def later(self, feature: str, at: int, hint: str) -> NoReturn:
-        raise Unsupported(
-            f"not in this release: {feature}", hint=hint, reason="NotInThisRelease", text=self.text, position=at
-        )
-
-    def skip(self) -> None:
-        while self.at < len(self.text) and self.text[self.at] in _WS:
-            self.at += 1
-
-    def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        if found := pattern.match(self.text, self.at):
-            self.at = found.end()
-        return found
-
-    def peek(self, n: int = 1) -> str:
-        return self.text[self.at : self.at + n]
 
     def probe(self) -> ProbeSpec:
         if len(self.text) > MAX_TEXT:
@@ -272,7 +213,7 @@ class _Reader:
         point, kind = self._point(kind)
         spec = ProbeSpec(text="", name=name, kind=kind, object=obj, point=point)
         self._clauses(spec)
-        return _finish(spec)
+        return self._finish(spec)
 
     # --- name, kind, object, point
 
@@ -306,7 +247,7 @@ class _Reader:
     def _object(self) -> str:
         start = self.at
         if self.peek() in ("'", '"') and self.peek():
-            obj = self._quoted()
+            obj = self.quoted()
         else:
             found = self.take(_BARE_OBJECT)
             if not found:
@@ -367,13 +308,13 @@ class _Reader:
             self.at += len("%return")
             kind = ProbeKind.RETURN
         after = self.peek()
-        if after and after not in _WS + "{@" and self.peek(2) != "->":
+        if after and after not in WHITE_SPACE + "{@" and self.peek(2) != "->":
             self.fail(f"unexpected `{after}` in the point", hint='quote a symbol that has such characters: "..."')
         return point, kind
 
     def _quoted_point(self, kind: ProbeKind) -> Point:
         start = self.at
-        value = self._quoted()
+        value = self.quoted()
         if not value:
             self.fail("the quotes are empty", start)
         if kind is ProbeKind.USDT:
@@ -450,29 +391,6 @@ class _Reader:
             self.fail("the regular expression is empty", start)
         return "".join(out)
 
-    def _quoted(self) -> str:
-        start, quote = self.at, self.peek()
-        out: list[str] = []
-        self.at += 1
-        while (c := self.peek()) != quote:
-            if not c:
-                self.fail("the quotes are not closed", start)
-            self.at += 1
-            if c != "\\":
-                out.append(c)
-                continue
-            escape = self.peek()
-            self.at += 1
-            if escape in _ESCAPES:
-                out.append(_ESCAPES[escape])
-            elif escape == "x" and re.fullmatch(r"[0-9a-fA-F]{2}", self.peek(2)) and self.peek(2) != "00":
-                out.append(chr(int(self.peek(2), 16)))
-                self.at += 2
-            else:
-                self.fail("unknown escape", self.at - 2, hint=r"known are \\ \" \' \n \t \r \xHH")
-        self.at += 1
-        return "".join(out)
-
     # --- clauses
 
     def _clauses(self, spec: ProbeSpec) -> None:
@@ -486,7 +404,7 @@ class _Reader:
                 clause, self.at = "->", start + 2
             elif self.peek() in "@{":
                 clause, self.at = self.peek(), start + 1
-            elif found := self.take(_IF):
+            elif found := self.take(IF):
                 clause = found[0]
             else:
                 hint = "after the point come `@ key=pattern`, `if condition`, `{captures}` and `-> aggregate`"
@@ -500,11 +418,11 @@ class _Reader:
                 case "@":
                     spec.where = self._where()
                 case "if":
-                    spec.condition = self._condition()
+                    spec.condition = self.condition()
                 case "{":
-                    spec.captures = self._captures()
+                    spec.captures = self.captures()
                 case _:
-                    spec.aggregate = self._aggregate()
+                    spec.aggregate = self.aggregate()
 
     def _where(self) -> dict[str, str]:
         where: dict[str, str] = {}
@@ -528,7 +446,7 @@ class _Reader:
             self.skip()
             at = self.at
             if self.peek() in ("'", '"') and self.peek():
-                value = self._quoted()
+                value = self.quoted()
             else:
                 bare = self.take(_BARE_VALUE)
                 value = bare[0] if bare else ""
@@ -546,180 +464,12 @@ class _Reader:
                 return where
             self.at += 1
 
-    def _scan(self, stops: tuple[str, ...], *, stop_at_if: bool = False) -> tuple[str, int]:
-        """Takes an expression up to one of ``stops`` outside strings and brackets.
-
-        Returns:
-            The source with all white space made blanks, not stripped, and where it begins.
-        """
-        start = self.at
-        closers: list[str] = []
-        while self.at < len(self.text):
-            c = self.text[self.at]
-            if c in "'\"":
-                self._string_literal()
-                continue
-            if not closers and self.text.startswith(stops, self.at):
-                break
-            at_if = stop_at_if and self.text[self.at - 1] in _WS + ")" and _IF.match(self.text, self.at)
-            if not closers and at_if:
-                break
-            if c in "([{":
-                closers.append({"(": ")", "[": "]", "{": "}"}[c])
-            elif c in ")]}":
-                if not closers or closers.pop() != c:
-                    self.fail(f"unexpected `{c}`")
-            elif c == "#":
-                self.fail("unexpected `#`")
-            self.at += 1
-        if closers:
-            self.fail(f"expected `{closers[-1]}`")
-        return self.text[start : self.at].translate(_BLANKS), start
-
-    def _string_literal(self) -> None:
-        start, quote = self.at, self.peek()
-        self.at += 1
-        while (c := self.peek()) != quote:
-            if not c:
-                self.fail("the quotes are not closed", start)
-            self.at += 2 if c == "\\" else 1
-        self.at += 1
-
-    def _tree(self, source: str, start: int, what: str) -> ast.expr:
-        """Parses an expression of the language; ``start`` is where ``source`` begins in the text."""
-        lead = len(source) - len(source.lstrip())
-        source, start = source.strip(), start + lead
-        if not source:
-            self.fail(f"expected {what}", start)
-        try:
-            body = ast.parse(source, mode="eval").body
-        except SyntaxError as e:
-            self.fail(f"{what}: {e.msg}", start + min((e.offset or len(source) + 1) - 1, len(source)))
-        except (ValueError, RecursionError, MemoryError):
-            self.fail(f"{what} is too complex", start)
-        stack: list[ast.AST] = [body]
-        while stack:
-            node = stack.pop()
-            if not isinstance(node, _EXPRESSION_NODES):
-                at = start + _column(source, node if isinstance(node, ast.expr) else body)
-                self.fail(f"{type(node).__name__} is not part of the expression language", at)
-            stack.extend(ast.iter_child_nodes(node))
-        return body
-
-    def _condition(self) -> str:
-        source, start = self._scan(("->", "{", "@"))
-        self._tree(source, start, "a condition")
-        return source.strip()
-
-    def _aggregate(self) -> str:
-        source, start = self._scan(("->", "{", "@"), stop_at_if=True)
-        # "by" is no Python: a call, then `by` and a parenthesised list.
-        found = re.search(r"\)\s*by\b", source)
-        call, by = (source[: found.start() + 1], source[found.end() :]) if found else (source, None)
-        tree = self._tree(call, start, "an aggregate such as `count()`")
-        at = start + len(source) - len(source.lstrip())
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            self.fail("an aggregate is a call, such as `count()`", at)
-        if tree.func.id not in AGGREGATES:
-            near = difflib.get_close_matches(tree.func.id, AGGREGATES)
-            hint = f"known are {', '.join(AGGREGATES)}"
-            self.fail(f"unknown aggregate `{tree.func.id}`", at, suggestions=near, hint=hint)
-        if found and by is not None:
-            if not by.strip().startswith("("):
-                self.fail("expected `by (expression, ...)`", start + found.end())
-            self._tree(by, start + found.end(), "an expression to group by")
-        return source.strip()
-
-    def _captures(self) -> list[Capture]:
-        captures: list[Capture] = []
-        while True:
-            self.skip()
-            if not captures and self.peek() == "}":
-                self.fail("expected a value to capture", hint="such as `arg0`, `reg.rdi` or `str(arg1)`")
-            source, start = self._scan((",", "}"))
-            self._add_capture(captures, source, start)
-            if not self.peek():
-                self.fail("expected `}`")
-            self.at += 1
-            if self.text[self.at - 1] == "}":
-                return captures
-
-    def _add_capture(self, captures: list[Capture], source: str, start: int) -> None:
-        name = ""
-        if named := re.match(r" *([A-Za-z_][A-Za-z0-9_]*) *=(?!=)", source):
-            name = named[1]
-            source, start = source[named.end() :], start + named.end()
-        at = start + len(source) - len(source.lstrip())
-        if register := re.fullmatch(r" *[%$]([a-z0-9]+) *", source):  # perf's %di and gdb's $rdi
-            capture = _word(self._register(register[1], at))
-        else:
-            capture = self._lower(self._tree(source, start, "a value to capture"), source.strip(), at)
-        self._append_capture(captures, capture, name, at)
-
-    def _append_capture(self, captures: list[Capture], capture: Capture, name: str, at: int) -> None:
-        if name:
-            if len(name) > 64:
-                self.fail("the column's name is longer than 64 characters", at)
-            if name in _RESERVED_COLUMNS:
-                self.fail(f"`{name}` is a column that every hit has", at, hint="choose another name")
-            capture.name = name
-        if any(c.name == capture.name for c in captures):
-            self.fail(f"two captured values are called `{capture.name}`", at, hint="name one: `other=...`")
-        if len(captures) == MAX_CAPTURES:
-            self.fail(f"more than {MAX_CAPTURES} captured values", at)
-        captures.append(capture)
-
-    def _lower(self, tree: ast.expr, source: str, start: int) -> Capture:
-        at = start + _column(source, tree)
-        if isinstance(tree, ast.Call):
-            function = tree.func.id if isinstance(tree.func, ast.Name) else ast.unparse(tree.func)
-            if function != "str":
-                self.later(f"`{function}()`", at, "captured are arg0 to arg5, reg.NAME and str(...) of them")
-            if tree.keywords or not 1 <= len(tree.args) <= 2:
-                self.fail("str takes a pointer and, if wanted, the most bytes to read: str(arg0, 128)", at)
-            operand = self._operand(tree.args[0], source, start)
-            size = DEFAULT_STRING_BYTES
-            if len(tree.args) == 2:
-                limit, limit_at = tree.args[1], start + _column(source, tree.args[1])
-                if not isinstance(limit, ast.Constant) or type(limit.value) is not int:
-                    self.later("a computed length", limit_at, f"write a number from 1 to {MAX_STRING_BYTES}")
-                if not 1 <= limit.value <= MAX_STRING_BYTES:
-                    self.fail(f"a string's length is from 1 to {MAX_STRING_BYTES} bytes", limit_at)
-                size = limit.value
-            text = f"str({operand})" if size == DEFAULT_STRING_BYTES else f"str({operand}, {size})"
-            return Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand, max_bytes=size)
-        return _word(self._operand(tree, source, start))
-
-    def _operand(self, tree: ast.expr, source: str, start: int) -> str:
-        at = start + _column(source, tree)
-        if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "reg":
-            if tree.attr not in REGISTERS:
-                whole = _register_named(tree.attr)
-                near = [whole] if whole else difflib.get_close_matches(tree.attr, REGISTERS)
-                hint = f"known are {', '.join(REGISTERS)}"
-                self.fail(f"no register `{tree.attr}`", at, suggestions=[f"reg.{r}" for r in near], hint=hint)
-            return f"reg.{tree.attr}"
-        if isinstance(tree, ast.Name):
-            if tree.id in ARGUMENTS:
-                return tree.id
-            if re.fullmatch(r"arg[0-9]+", tree.id):
-                self.later(f"`{tree.id}`, which is passed on the stack", at, "arg0 to arg5 come in registers")
-            if tree.id in _LATER_NAMES:
-                self.later(f"the value `{tree.id}`", at, "every hit has its time, pid, tid, comm and site")
-            if register := _register_named(tree.id):
-                self.fail(f"`{tree.id}` is a register", at, suggestions=[f"reg.{register}"])
-            self.later(f"an argument by its name (`{tree.id}`)", at, "write arg0 to arg5")
-        self.later(
-            "a value other than a register, an argument or a string",
-            at,
-            "captured are arg0 to arg5, reg.NAME and str(...) of them",
-        )
-
-    def _register(self, name: str, at: int) -> str:
-        register = _register_named(name)
-        if not register:
-            self.fail(f"no register `{name}`", at, hint=f"known are {', '.join(REGISTERS)}")
-        return f"reg.{register}"
+    def _finish(self, spec: ProbeSpec) -> ProbeSpec:
+        spec.where = {key: spec.where[key] for key in WHERE_KEYS if key in spec.where}
+        spec.text = format_probe(spec)
+        if len(spec.text) > MAX_TEXT:
+            self.fail(f"the probe's canonical text would be longer than {MAX_TEXT} characters", 0)
+        return spec
 
     # --- perf
 
@@ -736,9 +486,13 @@ class _Reader:
             if at == len(self.text):
                 break
             found = self.take(_PERF_ARG)
-            if not found or (self.peek() and self.peek() not in _WS) or bool(found["deref"]) != bool(found["close"]):
+            if (
+                not found
+                or (self.peek() and self.peek() not in WHITE_SPACE)
+                or bool(found["deref"]) != bool(found["close"])
+            ):
                 self.at = at
-                if self.peek() in ("@", "{") or self.peek(2) == "->" or _IF.match(self.text, at):
+                if self.peek() in ("@", "{") or self.peek(2) == "->" or IF.match(self.text, at):
                     self._clauses(spec)
                     if captures and spec.captures:
                         self.fail("captured values are there both in perf's way and in braces", at)
@@ -750,7 +504,7 @@ class _Reader:
                     self.later(f"`{found['at']}`, which is passed on the stack", at, "the first six come in registers")
                 operand = ARGUMENTS[number]
             elif found["at"][0] == "%":
-                operand = self._register(found["at"][1:], at)
+                operand = self.register(found["at"][1:], at)
             else:
                 self.later(f"`{found['at']}`", at, "understood are %reg, $argN and +0(%reg):string")
             if found["deref"]:
@@ -759,47 +513,13 @@ class _Reader:
                 text = f"str({operand})"
                 capture = Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand)
             elif found["type"] in (None, "u64", "x64"):
-                capture = _word(operand)
+                capture = word(operand)
             else:
                 self.later(f"the type `{found['type']}`", at, "words are u64")
-            self._append_capture(captures, capture, found["name"] or "", at)
+            self.append_capture(captures, capture, found["name"] or "", at)
         spec.captures = captures or spec.captures
-        return _finish(spec)
-
-
-_BLANKS = str.maketrans(dict.fromkeys(_WS, " "))
-
-
-def _finish(spec: ProbeSpec) -> ProbeSpec:
-    spec.where = {key: spec.where[key] for key in WHERE_KEYS if key in spec.where}
-    spec.text = format_probe(spec)
-    return spec
+        return self._finish(spec)
 
 
 def _named(value: str) -> PointKind:
     return PointKind.TEXT if "::" in value or re.search(r"\s", value) else PointKind.SYMBOL
-
-
-def _word(operand: str) -> Capture:
-    return Capture(text=operand, name=operand, operand=operand)
-
-
-def _column(source: str, node: ast.expr) -> int:
-    """ast counts UTF-8 bytes; the caret counts characters. ``source`` is one line."""
-    return len(source.encode()[: node.col_offset].decode(errors="ignore"))
-
-
-def _register_named(name: str) -> str:
-    """Returns the 64-bit register that ``name`` is all or the low part of, without a prefix: ``di`` gives ``rdi``."""
-    name = name.lower()
-    if name in REGISTERS:
-        return name
-    if name in ("flags", "rflags"):
-        return "eflags"
-    if name == "ip":
-        return "rip"
-    if re.fullmatch(r"r([89]|1[0-5])[dwb]", name):
-        return name[:-1]
-    if re.fullmatch(r"e?(ax|bx|cx|dx|si|di|bp|sp)", name):
-        return "r" + name[-2:]
-    return ""

@@ -205,6 +205,7 @@ class Finder:
         raise NotFound(
             f"no process on {self._host_name} maps a file called {name}, "
             "nor is there one in PATH or the library directories",
+            reason="NotMapped",
             suggestions=near_names(name, [text(n) for n in names]),
             hint="write the whole path of a file that nobody runs yet",
         )

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trapline.errors import SpecError, Unsupported
+from trapline.expressions import REGISTERS
 from trapline.model import CaptureKind, Point, PointKind, ProbeKind, ProbeSpec
-from trapline.spec import MAX_TEXT, REGISTERS, WHERE_KEYS, format_probe, parse_probe, require_supported
+from trapline.spec import MAX_TEXT, WHERE_KEYS, format_probe, parse_probe, require_supported
 
 
 def caret(error: SpecError | Unsupported) -> str:
@@ -193,6 +194,8 @@ def test_what_is_supported_passes() -> None:
 def test_too_long_and_not_text() -> None:
     with pytest.raises(SpecError):
         parse_probe("a:" + "b" * MAX_TEXT)
+    with pytest.raises(SpecError, match="canonical"):
+        parse_probe("a:'" + "\x01" * 2000 + "'")
     for text in ("a:\0", "a:\udce4"):
         with pytest.raises(SpecError) as e:
             parse_probe(text)
@@ -219,9 +222,11 @@ def test_deep_nesting_is_an_error_not_a_crash() -> None:
 
 _words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=12)
 _grammar = st.sampled_from(
-    ["u", "ur", "usdt", "p", "r", ":", ":", "::", "@", "pid=", "comm=", "=", ",", "{", "}", "->", "arg0", "str(", "(", ")"]
-    + ["reg.rdi", "'", '"', "\\", "/", "*", "+", "0x1f", "7", "libc.so.6", "malloc", "app", "buildid=", "abcd", "count()"]
-    + ["%return", "%di", "$arg1", "é", "#", "[", "]", "x", " ", " ", "@ ", "if ", " by ", "\n"]
+    [
+        *("u", "ur", "usdt", "p", "r", ":", ":", "::", "@", "pid=", "comm=", "=", ",", "{", "}", "->", "arg0", "str("),
+        *("(", ")", "reg.rdi", "'", '"', "\\", "/", "*", "+", "0x1f", "7", "libc.so.6", "malloc", "app", "buildid="),
+        *("abcd", "count()", "%return", "%di", "$arg1", "é", "#", "[", "]", "x", " ", " ", "@ ", "if ", " by ", "\n"),
+    ]
 )
 
 

@@ -21,22 +21,31 @@ def with_numbers(where: Mapping[str, str], host: str) -> dict[str, str]:
         NotFound: no such user on this host.
     """
     numbered = {key: where[key] for key in KEYS if key in where}
-    user = numbered.get("uid", "0")
-    if not user.isdecimal():
-        try:
-            numbered["uid"] = str(pwd.getpwnam(user).pw_uid)
-        except KeyError:
-            raise NotFound(f"no user `{user}` on {host}") from None
+    if "uid" in numbered:
+        number = _user_number(numbered["uid"])
+        if number < 0:
+            raise NotFound(f"no user `{numbered['uid']}` on {host}")
+        numbered["uid"] = str(number)
     return numbered
 
 
+def _user_number(user: str) -> int:
+    """Returns a user's number, or -1 where there is no such user."""
+    if user.isdecimal():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return -1
+
+
 class Selector:
-    """A selector, ready to be asked about processes. ``where`` is what ``with_numbers`` gave."""
+    """A selector, ready to be asked about processes; keys that are not about processes are passed over."""
 
     def __init__(self, where: Mapping[str, str]) -> None:
         self._pid = int(where.get("pid", 0))
         self._tree = int(where.get("tree", 0))
-        self._uid = int(where.get("uid", -1))
+        self._uid = _user_number(where["uid"]) if "uid" in where else None
         self._comm = where.get("comm", "")
         self._exe = where.get("exe", "")
 
@@ -49,7 +58,7 @@ class Selector:
         """
         if self._pid and process.pid != self._pid:
             return False
-        if self._uid >= 0 and process.uid != self._uid:
+        if self._uid is not None and process.uid != self._uid:
             return False
         if self._comm and not fnmatchcase(process.comm, self._comm):
             return False

@@ -247,6 +247,8 @@ def test_selectors() -> None:
             ({"exe": "/nowhere/*"}, False),
             ({"uid": str(os.getuid())}, True),
             ({"uid": str(os.getuid() + 1)}, False),
+            ({"uid": "nobody-of-that-name"}, False),
+            ({"host": "elsewhere"}, True),
             ({"comm": found.comm, "uid": str(os.getuid() + 1)}, False),
         ]:
             assert Selector(where).matches(found) is matches, where
