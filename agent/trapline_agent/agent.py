@@ -117,6 +117,7 @@ class Agent:
 
     async def __aenter__(self) -> Self:
         tracer = await self._keeper.start()
+        await self._look_at_processes()
         self._resolver = Resolver(self.host_id, self._settings.host_name, self._self_pids, tracer.ready.pid)
         await self._tasks.__aenter__()
         self._reconciler = Reconciler(
@@ -227,7 +228,7 @@ class Agent:
         """A new connection: posts everything there is to know."""
         self._told = None
         if welcome.service_boot_id == self._facts.boot_id and welcome.service_pid not in self._self_pids:
-            await self._keeper.spare(welcome.service_pid)
+            self._keeper.spare(welcome.service_pid)
         self._link.post("processes", self._process_list)
         for probe in self._reconciler.probes:
             self._report(probe)

@@ -51,7 +51,7 @@ class TracerKeeper:
         args: Sequence[str] = (),
         log_file: Path | None = None,
         lease_s: float = 30.0,
-        self_pids: Sequence[int] = (),
+        self_pids: list[int] | None = None,
     ) -> None:
         """
         Args:
@@ -60,14 +60,14 @@ class TracerKeeper:
             args: further arguments for a tracer that is started.
             log_file: its log; None is our standard error.
             lease_s: seconds after which the tracer takes everything out when it does not hear of us.
-            self_pids: processes that are never to be probed, beside this one.
+            self_pids: processes that are never to be probed; ``spare`` adds to this very list.
         """
         self._host_id = host_id
         self._join = socket
         self._args = args
         self._log_file = log_file
         self._lease_s = lease_s
-        self._self_pids = list(self_pids)
+        self._self_pids = [] if self_pids is None else self_pids
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
@@ -137,6 +137,12 @@ class TracerKeeper:
                         log.error("no tracer: %s", e)
         finally:
             self._kept.set()
+
+    def spare(self, pid: int) -> None:
+        """Keeps a further process of Trapline's own from being probed (semantics P11)."""
+        self._self_pids.append(pid)
+        if self.client is not None:
+            self.client.spare(self._self_pids)
 
     async def _obituary(self) -> str:
         if self._process is None:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -41,10 +41,7 @@ class PlanSource(Protocol):
 
     def resolve(self, spec: ProbeSpec) -> Plan: ...
 
-
-def follows(spec: ProbeSpec) -> bool:
-    """Says whether further files may answer to a probe's object: a basename, soname, build-id or ``*``."""
-    return not spec.object.startswith("/")
+    def loaders(self) -> list[t.SitePlan]: ...
 
 
 @dataclass
@@ -54,6 +51,9 @@ class Registered:
     labels: list[str] = field(default_factory=list)
     plans: dict[tuple[t.FileKey, int], t.SitePlan] = field(default_factory=dict)
     fetches: list[t.FetchPlan] = field(default_factory=list)
+    where: dict[str, str] = field(default_factory=dict)
+    watch: list[str] = field(default_factory=list)
+    """Basenames under which further files that are meant may be mapped."""
 
     def merge(self, plan: Plan) -> bool:
         """Adds the sites that are new; returns whether there were any. Numbers given once never change."""
@@ -67,7 +67,7 @@ class Registered:
                 self.labels.append(label)
             self.plans[key] = msgspec.structs.replace(site, site=self.labels.index(label))
             grew = True
-        self.fetches = list(plan.fetches)
+        self.fetches, self.where, self.watch = plan.fetches, plan.where, plan.watch
         return grew
 
 
@@ -92,6 +92,14 @@ class ProbeRun:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it is registered, or known not to be possible now."""
+
+    @property
+    def watched(self) -> Collection[str]:
+        """Basenames of files that might be meant; before it is resolved, what its text says."""
+        if self.leaving or self.completed:
+            return ()
+        name = os.path.basename(self.desired.spec.object)
+        return self.registered.watch or ((name,) if name and "=" not in name and name != "*" else ())
 
     @property
     def counters(self) -> Counters:
@@ -165,6 +173,7 @@ class Reconciler:
         self._tracer: TracerClient | None = None
         self._held: set[str] = set()
         """What a joined tracer held already, until the desired set says whether it is still wanted."""
+        self._watching: list[str] = []
         self._running: dict[str, asyncio.Task[None]] = {}
         self.probes: dict[str, ProbeRun] = {}
 
@@ -221,9 +230,16 @@ class Reconciler:
     def tracer_up(self, tracer: TracerClient) -> None:
         """A tracer is there: everything desired is registered with it."""
         self._tracer, self._held = tracer, set(tracer.ready.probes)
+        self._watching = []
+        self._tasks.create_task(self._tell_loaders(tracer), name="loaders")
         self._watch()
         for run in self.probes.values():
             run.wake.set()
+
+    async def _tell_loaders(self, tracer: TracerClient) -> None:
+        plans = await asyncio.to_thread(self._resolver.loaders)
+        if tracer is self._tracer:
+            tracer.set_loaders(plans)
 
     def tracer_lost(self, why: TraplineError) -> None:
         """The tracer ended; every probe says so until another one is there."""
@@ -240,7 +256,7 @@ class Reconciler:
         if isinstance(event, t.Mapped):
             name = os.path.basename(event.path)
             for run in self.probes.values():
-                if not run.leaving and follows(run.desired.spec) and run.desired.spec.object in (name, "*"):
+                if name in run.watched:
                     run.wake.set()
         elif isinstance(event, t.LeaseEnded):
             # We were too slow to renew, and everything is out: bring it all up again.
@@ -258,9 +274,10 @@ class Reconciler:
             self._changed(event.probe)
 
     def _watch(self) -> None:
-        if self._tracer is not None:
-            specs = (run.desired.spec for run in self.probes.values() if not run.leaving)
-            self._tracer.watch(sorted({s.object for s in specs if follows(s) and not s.object.startswith("buildid=")}))
+        names = sorted({name for run in self.probes.values() for name in run.watched})
+        if self._tracer is not None and names != self._watching:
+            self._watching = names
+            self._tracer.watch(names)
 
     # --- what is observed ---------------------------------------------------------------------------------------------
 
@@ -297,9 +314,8 @@ class Reconciler:
             run.wake.clear()
             if not run.completed:
                 await self._bring_up(run)
-            pause = self._interval_s if follows(run.desired.spec) or run.error is not None else None
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(self._interval_s):
                     await run.wake.wait()
         while True:
             if await self._take_out(run):
@@ -319,6 +335,7 @@ class Reconciler:
         error: TraplineError | None = None
         try:
             grew = run.registered.merge(await asyncio.to_thread(self._resolver.resolve, desired.spec))
+            self._watch()
         except TraplineError as e:
             # What was found once stays: that nobody maps the file just now is not an error of the probe.
             grew = False
@@ -345,7 +362,7 @@ class Reconciler:
                 sites=run.registered.labels,
                 plans=list(run.registered.plans.values()),
                 fetches=run.registered.fetches,
-                where={key: value for key, value in desired.spec.where.items() if key in _PROCESS_KEYS},
+                where=run.registered.where,
                 max_hits=max_hits,
             )
         except TraplineError as e:

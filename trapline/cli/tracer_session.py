@@ -262,7 +262,7 @@ class Session:
         spec = run.desired.spec
         error = run.error
         may_come = not self._options.pid or self._options.wait
-        if error is not None and not (isinstance(error, NotFound) and error.reason == "NoObject" and may_come):
+        if error is not None and not (isinstance(error, NotFound) and error.reason == "NotMapped" and may_come):
             raise error
         targets = list(run.targets.values())
         armed = sum(target.state is TargetState.ARMED for target in targets)

@@ -194,6 +194,10 @@ class TracerClient:
         """Sets the basenames whose unknown mappings are reported as ``Mapped``."""
         self._send(m.Watch(names=list(names)))
 
+    def spare(self, self_pids: Sequence[int]) -> None:
+        """Sets the processes beside this one and the tracer that are never to be probed, from now on."""
+        self._send(m.Spare(self_pids=[os.getpid(), *self_pids]))
+
     def set_loaders(self, plans: Sequence[m.SitePlan]) -> None:
         """Tells where the dynamic loaders of this host report what they mapped; see ``Loaders``."""
         self._send(m.Loaders(plans=list(plans)))

@@ -198,6 +198,9 @@ class Tracer:
                     self._unregister(probe)
                 case m.Watch(names=names):
                     self._hook.watch(names)
+                case m.Spare(self_pids=pids):
+                    self._table.self_pids = frozenset((os.getpid(), *pids))
+                    self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
                 case m.Launch():

@@ -227,6 +227,12 @@ class Watch(Message, tag="watch"):
     names: list[str]
 
 
+class Spare(Message, tag="spare"):
+    """Agent to tracer: further processes that are never eligible; replaces those of ``Hello``."""
+
+    self_pids: list[int]
+
+
 class Loaders(Message, tag="loaders"):
     """Agent to tracer: where the dynamic loaders of this host call ``_dl_debug_state`` (``site`` has no meaning there). In
     a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3)."""
@@ -234,7 +240,7 @@ class Loaders(Message, tag="loaders"):
     plans: list[SitePlan]
 
 
-ToTracer = Loaders | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
+ToTracer = Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
 ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _encoder = msgspec.msgpack.Encoder()
