@@ -11,6 +11,9 @@ WEB := $(shell find web -name node_modules -prune -o -name .svelte-kit -prune -o
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(WEB)
 CODE := trapline agent service tests benchmarks scripts hatch_build.py
 
+# Node trusts what the system trusts, as pip does: networks with a certificate authority of their own.
+export NODE_USE_SYSTEM_CA := 1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
