@@ -8,6 +8,7 @@ NPM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm --prefix web
 
 # What the installed package is made of; a change installs it (and rebuilds the dashboard) again.
 WEB := $(shell find web -name node_modules -prune -o -name .svelte-kit -prune -o -type f -print 2>/dev/null)
+WEB_TOOLS := $(if $(filter skip,$(TRAPLINE_WEB)),,web/node_modules/.package-lock.json)
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(WEB)
 CODE := trapline agent service tests benchmarks scripts hatch_build.py
 
@@ -49,7 +50,7 @@ web/node_modules/.package-lock.json: web/package-lock.json web/package.json | $(
 	@touch $@
 
 .PHONY: setup
-setup: $(VENV)/.developing web/node_modules/.package-lock.json ## virtual environment with all dependencies and tools
+setup: $(VENV)/.developing $(WEB_TOOLS) ## virtual environment with all dependencies and tools
 
 # --- use -------------------------------------------------------------------------------------------------------------
 
@@ -65,8 +66,10 @@ check: setup ## ruff, mypy, layering, svelte-check, the generated API types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --cache-dir .import_linter_cache
+ifneq ($(WEB_TOOLS),)
 	$(NPM) run --silent check
 	$(NPM) run --silent check:api
+endif
 
 .PHONY: format
 format: setup ## reformat and repair what ruff can
@@ -80,7 +83,7 @@ test: setup ## everything: check, vitest, pytest; as root installs the Debian pa
 	@sh scripts/test-deps.sh
 	@failed=; \
 	$(MAKE) check || failed="$$failed check"; \
-	$(NPM) test || failed="$$failed vitest"; \
+	$(if $(WEB_TOOLS),$(NPM) test || failed="$$failed vitest";) \
 	[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed"; exit 1; }
