@@ -15,7 +15,7 @@ from trapline.model import Problem
 from trapline.protocol.messages import AgentMessage, ServiceMessage
 from trapline.protocol.stream import ClientMessage, ServerMessage
 from trapline_service import dashboard
-from trapline_service.api import access, agents, errors, health, hits, hosts, live, probes, symbols
+from trapline_service.api import access, agents, errors, health, hits, hosts, limits, live, probes, symbols
 from trapline_service.config import Settings
 from trapline_service.reference import reference_page
 from trapline_service.service import Service
@@ -66,6 +66,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(limits.BodyLimit)
     app.add_middleware(dashboard.SecurityHeaders)
     errors.install(app)
     for module in (access, hosts, symbols, probes, hits, health, agents, live):

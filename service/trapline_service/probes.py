@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 _PUBLISH_S = 0.2
 _SAVE_S = 1.0
 _SUGGESTIONS = 5
+_NAME = re.compile(r"(?!prb_)[^\s/\x00-\x1f\x7f]([^/\x00-\x1f\x7f]*[^\s/\x00-\x1f\x7f])?\Z")
+_NOT_IN_NAME = re.compile(r"[/\x00-\x1f\x7f]|^prb_")
 _NO_HINT = "GET /api/v1/probes lists them"
 
 
@@ -204,7 +207,7 @@ class Probes:
         """Keeps a probe and hands it to the agents, after all online hosts it is for were asked what it means there.
 
         Raises:
-            SpecError: the text is wrong.
+            SpecError: the text or the name is wrong.
             Unsupported: this release cannot do it.
             Conflict: a live probe has this name.
             Unavailable: no host that it is for is online, and the body does not allow that.
@@ -243,9 +246,16 @@ class Probes:
         """Keeps a name free for a probe while it is being made: the wanted one, or one after its symbol."""
         live = self._reserved | {e.probe.name for e in self._entries.values() if e.settled in (None, Phase.DELETING)}
         name = wanted
+        if wanted and not _NAME.match(wanted):
+            raise SpecError(
+                f"`{wanted}` cannot be a probe's name",
+                hint="it is part of a URL: no slash, no control character, no space at an end, no `prb_` to begin with",
+                pointer="/name",
+            )
         if not name:
             point = spec.point
             base = f"0x{point.offset:x}" if point.kind is PointKind.OFFSET else point.value or spec.object
+            base = _NOT_IN_NAME.sub("_", base.strip()) or "probe"
             name, n = base, 1
             while name in live:
                 n += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -14,8 +13,6 @@ from starlette.exceptions import HTTPException
 from trapline.errors import TraplineError
 from trapline.model import Problem
 from trapline_service.probes import ProbeRefused
-
-log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 STATUS = {
@@ -37,6 +34,8 @@ STATUS = {
     "error": 500,
 }
 """Status by ``TraplineError.code``. 401 and 403 speak of this API alone: what a *host* does not permit is 422."""
+_HTTP_CODES = {400: "request-invalid", 404: "not-found", 405: "method-not-allowed", 413: "content-too-large"}
+"""For what FastAPI itself refuses. Not http.HTTPStatus' phrases, which change from one Python to the next."""
 _RETRY_AFTER_S = 2
 
 
@@ -122,14 +121,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        phrase = HTTPStatus(error.status_code).phrase
+        code = _HTTP_CODES.get(error.status_code, f"http-{error.status_code}")
         response = problem_response(
             Problem(
                 type="about:blank",
-                title=phrase,
+                title=code.replace("-", " ").capitalize(),
                 status=error.status_code,
-                detail=f"{request.method} {request.url.path}: {error.detail or phrase}",
-                code=phrase.lower().replace(" ", "-"),
+                detail=f"{request.method} {request.url.path}: {error.detail}",
+                code=code,
                 hint="see /docs for what there is",
             )
         )
@@ -138,7 +137,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        # Starlette raises it again after this, and the server logs it with its trace.
         return problem_response(
             Problem(
                 type="urn:trapline:error:internal",

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ async def test_every_error_is_a_problem(world: World, method: str, path: str, st
 async def test_broken_json_is_a_problem(world: World) -> None:
     response = await world.http.post("/probes", content=b'{"probe": ', headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["code"]) == (422, "request-invalid")
+
+
+async def test_a_body_is_bounded(world: World) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b" " * 65536
+
+    for content in (b" " * (2 << 20), chunks()):
+        response = await world.http.post("/probes", content=content)
+        assert (response.status_code, response.json()["code"]) == (413, "content-too-large")
+        assert "1048576" in response.json()["detail"]
 
 
 async def test_a_bug_is_a_problem_too(server: Server, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,14 @@ async def test_names(world: World) -> None:
         assert response.json()["errors"][0]["pointer"] == "/name"
 
 
+@pytest.mark.parametrize("name", ["a/b", " a", "a\n", "prb_0", "\x00"])
+async def test_a_name_that_would_not_fit_a_url(world: World, name: str) -> None:
+    async with world.agent():
+        response = await world.http.post("/probes", json={"probe": "app:f", "name": name})
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["pointer"] == "/name"
+
+
 async def test_two_requests_cannot_take_one_name(world: World) -> None:
     async with world.agent():
         both = await asyncio.gather(
