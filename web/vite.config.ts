@@ -13,7 +13,7 @@ export default defineConfig({
     modulePreload: { polyfill: false },
   },
   server: {
-    proxy: { "/api": { target: process.env["TRAPLINE_URL"] ?? "http://127.0.0.1:8700", ws: true } },
+    proxy: { "/api": { target: process.env["TRAPLINE_URL"] ?? "http://127.0.0.1:8470", ws: true } },
   },
   test: { include: ["tests/**/*.test.ts"], environment: "node" },
 });

@@ -70,6 +70,8 @@ describe("editing it with clicks", () => {
     ["libc.so.6:mal", { module: "libc.so.6", q: "mal" }],
     ["ur:libc.so.6:mal @ pid=3", { module: "libc.so.6", q: "mal" }],
     ["n=u:/usr/bin/app:do {arg0}", { module: "/usr/bin/app", q: "do" }],
+    ['app:"ns::Cl', { module: "app", q: "ns::Cl" }],
+    ["ns::Cls", { module: "", q: "ns::Cls" }],
     ["", { module: "", q: "" }],
   ])("%s is searched for as %o", (text, want) => {
     expect(searchOf(text)).toEqual(want);

@@ -755,6 +755,11 @@ export interface components {
              * @description Processes that map one of the modules now; state ``refused`` with the reason where it could not be armed.
              */
             targets: components["schemas"]["Target"][];
+            /**
+             * Notes
+             * @description What was left out, such as sites beyond the limit.
+             */
+            notes: string[];
             /** Error */
             error: {
                 [key: string]: unknown;

@@ -31,8 +31,8 @@ export class Dashboard implements StreamEvents {
   shownProbe = $state<string | null>(null);
   /** Both lists have been loaded once. */
   loaded = $state(false);
-  /** The last frame that could not be read. */
-  malformedNote = $state("");
+  /** What the stream last complained of, or sent that could not be read. */
+  streamNote = $state("");
   /** The text in the composer. */
   draft = $state("");
 
@@ -173,12 +173,12 @@ export class Dashboard implements StreamEvents {
         this.hosts.delete(message.removed);
       }
     } else {
-      this.malformedNote = String(message.error["detail"] ?? "the stream reported an error");
+      this.streamNote = String(message.error["detail"] ?? "the stream reported an error");
     }
   }
 
   malformed(why: string): void {
-    this.malformedNote = why;
+    this.streamNote = why;
   }
 
   // --- inside --------------------------------------------------------------------------------------------------------

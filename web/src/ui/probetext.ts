@@ -99,11 +99,10 @@ export function withSelector(text: string, values: Record<string, string>): stri
 export function searchOf(text: string): { module: string; q: string } {
   const { head } = splitProbe(text);
   const location = head.replace(KIND, "");
-  const colon = location.lastIndexOf(":");
-  const unquote = (s: string): string => s.trim().replace(/^["']|["']$/g, "");
-  return colon < 0
-    ? { module: "", q: unquote(location) }
-    : { module: unquote(location.slice(0, colon)), q: unquote(location.slice(colon + 1)) };
+  const object = /^("[^"]*"|'[^']*'|[^\s:{}"']+)\s*:(?!:)/.exec(location);
+  // A quote may still be open while somebody types.
+  const q = location.slice(object?.[0].length ?? 0).trim().replace(/^["']|["']$/g, "");
+  return { module: unquoted(object?.[1] ?? ""), q };
 }
 
 /** Puts a found symbol into the text; name, kind, selector and captures stay. */
@@ -123,6 +122,9 @@ export function withSuggestion(text: string, suggestion: string): string {
   }
   return withLocation(text, searchOf(text).module || "*", suggestion);
 }
+
+/** A value without the quotes around it. */
+export const unquoted = (s: string): string => s.trim().replace(/^(["'])(.*)\1$/, "$2");
 
 function quotePoint(symbol: string): string {
   return /^[A-Za-z_.$][\w.$]*(?:@@?[\w.]+)?$/.test(symbol) ? symbol : JSON.stringify(symbol);
