@@ -18,6 +18,7 @@ export NODE_USE_SYSTEM_CA := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+SUBMAKE = $(MAKE)# by another name, so that `make -n test` runs nothing
 
 .PHONY: help
 help: ## list the targets
@@ -82,7 +83,7 @@ format: setup ## reformat and repair what ruff can
 test: setup ## everything: check, vitest, pytest; as root installs the Debian packages that the tests need
 	@sh scripts/test-deps.sh
 	@failed=; \
-	$(MAKE) check || failed="$$failed check"; \
+	$(SUBMAKE) check || failed="$$failed check"; \
 	$(if $(WEB_TOOLS),$(NPM) test || failed="$$failed vitest";) \
 	[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || failed="$$failed pytest"; \

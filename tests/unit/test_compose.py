@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from tests.support import needs
-from tests.support.children import run
+from tests.support.children import Child, run
 from trapline.state import DEFAULT_PORT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,13 +106,30 @@ def test_the_tracer_is_the_main_process_and_has_time_to_clean_up(services: dict[
     assert entry
     words = yaml.safe_load(entry[1])
     assert words[0] == "trapline-tracer"
-    assert words[-2:] == ["--supervise", "--"]
+    assert words[-1] == "--supervise", "what follows is the agent"
     socket = re.search(r"TRAPLINE_AGENT_TRACER_SOCKET=(\S+)", dockerfile)
     assert socket
     assert words[words.index("--socket") + 1] == socket[1]
     assert "entrypoint" not in services["agent"]
     assert not services["agent"].get("init"), "an init would be the main process"
     assert int(services["agent"]["stop_grace_period"].removesuffix("s")) > 30, "longer than the lease"
+
+
+@needs.ptrace
+def test_the_entry_point_supervises_what_follows(tmp_path: Path) -> None:
+    """The image's own words, with another socket: the command runs, runs again when it ends, and goes with the tracer."""
+    entry = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "agent/Dockerfile").read_text(), re.M)
+    assert entry
+    words = yaml.safe_load(entry[1])
+    words[words.index("--socket") + 1] = str(tmp_path / "tracer.sock")
+    command = ["sh", "-c", "echo agent $$; read line < /dev/null"]
+    paths = f"{ROOT}:{ROOT / 'agent'}"
+    tracer = [sys.executable, "-m", "trapline_agent.tracer", *words[1:], *command]
+    with Child(tracer, ready="agent ", env={"PYTHONPATH": paths}) as child:
+        first = child.ready_line
+        assert child.wait_for("agent ") != first, "an agent that ended is started again"
+        child.signal(signal.SIGTERM)
+        assert child.wait() == 0
 
 
 def test_what_is_written_to_is_a_volume(compose: dict[str, Any], services: dict[str, dict[str, Any]]) -> None:
@@ -161,6 +179,7 @@ def test_the_tracer_unit_outlives_the_agent_unit() -> None:
         assert tie not in agent["Unit"]
         assert tie not in tracer["Unit"], "the tracer must not go when the agent does"
     assert int(tracer["Service"]["TimeoutStopSec"]) > 30, "longer than the lease"
+    assert "--stay" in tracer["Service"]["ExecStart"].split()
     assert tracer["Service"]["ExecStart"].split()[-1] in (ROOT / "agent/trapline-agent.service").read_text()
 
 
