@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Self
 from pydantic import ValidationError
 
 import trapline
-from trapline.errors import ProtocolError
+from trapline.errors import ProtocolError, TraplineError
 from trapline.ids import new_id
 from trapline.model import EngineInfo, HookInfo, HostFacts, Module, ProbeSpec, Process
 from trapline.protocol import messages as m
@@ -29,7 +29,8 @@ from trapline_agent.outbox import STAGE, Outbox
 from trapline_agent.reconcile import Reconciler
 from trapline_agent.resolve import Resolver
 from trapline_agent.targets.process import boot_id, list_processes
-from trapline_agent.tracer.client import TracerClient
+from trapline_agent.tracer.client import Event, TracerClient
+from trapline_agent.tracer.messages import Exited
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class Agent:
         self._processes: dict[str, Process] = {}
         self._told: dict[str, Process] | None = None
         """The process list as the service knows it; None: not at all yet."""
+        self._ends: dict[int, asyncio.Future[int]] = {}
+        """How the launched commands ended."""
         self._stopping = False
         self._tasks = asyncio.TaskGroup()
         self._resolver: Resolver
@@ -129,7 +132,7 @@ class Agent:
         )
         self._facts = host_facts(self._settings, tracer)
         self._background = [
-            self._tasks.create_task(self._keeper.keep(self._reconciler, self._outbox.put), name="tracer"),
+            self._tasks.create_task(self._keeper.keep(self, self._outbox.put), name="tracer"),
             self._tasks.create_task(self._watch_processes(), name="processes"),
             self._tasks.create_task(self._watch_drops(), name="drops"),
             self._tasks.create_task(self._link.run(), name="link"),
@@ -161,6 +164,39 @@ class Agent:
         never: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         await never
         raise AssertionError("nobody holds this future")
+
+    async def ended(self, pid: int) -> int:
+        """Waits for the end of a command that the tracer launched; returns its status as os.waitstatus_to_exitcode does.
+
+        Raises:
+            Unavailable: the tracer ended first.
+        """
+        return await self._end_of(pid)
+
+    def _end_of(self, pid: int) -> asyncio.Future[int]:
+        if pid not in self._ends:
+            self._ends[pid] = asyncio.get_running_loop().create_future()
+        return self._ends[pid]
+
+    # --- what the tracer tells ----------------------------------------------------------------------------------------
+
+    def tracer_up(self, tracer: TracerClient) -> None:
+        """Another tracer may be another process."""
+        self._resolver.tracer_pid = tracer.ready.pid
+        self._reconciler.tracer_up(tracer)
+
+    def tracer_lost(self, why: TraplineError) -> None:
+        self._reconciler.tracer_lost(why)
+        for end in self._ends.values():
+            if not end.done():
+                end.set_exception(why)
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Exited):
+            if not (end := self._end_of(event.pid)).done():
+                end.set_result(event.status)
+        else:
+            self._reconciler.handle(event)
 
     # --- reports ------------------------------------------------------------------------------------------------------
 

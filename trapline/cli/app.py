@@ -70,7 +70,7 @@ def main() -> int:
         note(f"trapline: {e.strerror or e}{f': {e.filename}' if e.filename else ''}")
         return EXIT_ERROR
     except _UsageError as e:
-        message = getattr(e, "format_message", lambda: str(e))()
+        message = str(e.format_message() if hasattr(e, "format_message") else e)
         if message:
             note(f"trapline: {message[:1].lower()}{message[1:].rstrip('.')}; see `trapline --help`")
         return EXIT_ERROR

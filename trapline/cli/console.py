@@ -17,7 +17,6 @@ import msgspec
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
 
 from trapline.errors import TraplineError
 
@@ -54,21 +53,15 @@ def _plain(value: object) -> object:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, console: Console = out) -> None:
-    """Writes a table without lines; numbers are right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for i, heading in enumerate(headings):
-        numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    console.print(table)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    # Names come from other people's programs: their brackets are not markup.
-    return str(value).replace("[", r"\[")
+    """Writes columns, as wide as they need to be: never folded, so that other programs can read them. Numbers are
+    right-aligned."""
+    numeric = [bool(rows) and all(isinstance(row[i], int) for row in rows) for i in range(len(headings))]
+    cells = [[f"{value:,}" if isinstance(value, int) else str(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headings), *cells]) for i in range(len(headings))]
+    for number, line in enumerate([list(headings), *cells]):
+        padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True))
+        # Names come from other people's programs: their brackets are not markup.
+        console.print("  ".join(padded).rstrip(), style=None if number else "bold", markup=False)
 
 
 def note(text: str) -> None:
@@ -102,8 +95,12 @@ def microseconds(ns: float | None) -> str:
     return f"{ns / 1000:.1f} us" if ns else "-"
 
 
-def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+def run(work: Callable[[], Coroutine[Any, Any, T]], *, handle_signals: bool = True) -> T | None:
     """Runs a coroutine until it ends, or until SIGINT or SIGTERM cancel it; then its own clean-up ends first.
+
+    Args:
+        work: makes the coroutine.
+        handle_signals: False where it sees to SIGINT and SIGTERM itself.
 
     Returns:
         Its result, or None where a signal ended it.
@@ -124,7 +121,7 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
                 interrupted = True
                 task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if handle_signals else ():
             loop.add_signal_handler(number, interrupt)
         try:
             return await task

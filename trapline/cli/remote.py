@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trapline.cli.console import Json, Token, Url, microseconds, note, out, print_json, print_table, progress
-from trapline.cli.rows import format_hit
+from trapline.cli.rows import format_hit, plain
 from trapline.client import Client, Gap
 from trapline.errors import NotFound
 from trapline.model import Phase, Probe, Resolution, Target, TargetState
@@ -149,7 +149,7 @@ def hits(
         wanted = probes or []
         for name in wanted:
             if name not in names and name not in names.values():
-                names |= {(found := client.probe(name)).id: found.name}
+                names[client.probe(name).id] = name
         if not follow:
             found = [hit for name in wanted or [""] for hit in client.hits(name, host=host, limit=limit)]
             found.sort(key=lambda hit: int(hit.ts_ns))
@@ -223,7 +223,14 @@ def processes(
             print_json(process)
         return
     rows = [
-        (h.facts.name, str(p.pid), p.user or p.uid, p.threads, "yes" if p.eligible else p.reason, p.cmdline[:80] or f"[{p.comm}]")
+        (
+            h.facts.name,
+            str(p.pid),
+            p.user or str(p.uid),
+            p.threads,
+            "yes" if p.eligible else p.reason,
+            plain(p.cmdline[:80]) or f"[{plain(p.comm)}]",
+        )
         for h, p in found
     ]
     print_table(("HOST", "PID", "USER", "THREADS", "ELIGIBLE", "COMMAND"), rows)

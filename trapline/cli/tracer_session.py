@@ -25,7 +25,7 @@ from trapline.cli.rows import Lines
 from trapline.errors import NotFound, SpecError, TraplineError
 from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
 from trapline.protocol.hits import HitBatch, decode
-from trapline.spec import format_probe, parse_probe, require_supported
+from trapline.spec import parse_probe, require_supported
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
@@ -249,7 +249,9 @@ class Session:
     async def _begin(self) -> None:
         with progress("resolving and arming"):
             for number, spec in enumerate(self._specs, 1):
-                probe = spec.name or (format_probe(spec) if len(self._specs) == 1 else f"{number}: {format_probe(spec)}")
+                probe = spec.name or spec.text
+                if probe in self._probes:
+                    probe = f"{probe} ({number})"
                 desired = DesiredProbe(id=probe, spec=spec, limits=ProbeLimits(max_hits=self._options.max_hits))
                 self._probes[probe] = Traced(self._reconciler.upsert(desired))
             for traced in self._probes.values():
@@ -268,7 +270,7 @@ class Session:
         armed = sum(target.state is TargetState.ARMED for target in targets)
         refused = [target for target in targets if target.state is TargetState.REFUSED]
         if armed:
-            note(f"{format_probe(spec)}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")
+            note(f"{spec.text}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")
         elif refused and not may_come:
             raise TraplineError(refused[0].message or refused[0].reason, reason=refused[0].reason)
         elif not may_come:

@@ -61,7 +61,7 @@ class Api:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST = do_DELETE = _serve  # noqa: N815
+            do_GET = do_POST = do_DELETE = _serve
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -223,11 +223,13 @@ def test_whatever_answers_there_is_an_error_that_says_so(
 def test_nobody_there(cls: type[Client] | type[AsyncClient]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    def ask() -> object:
+        hosts = cls(url).hosts()
+        return asyncio.run(hosts) if inspect.iscoroutine(hosts) else hosts
+
     with pytest.raises(Unavailable, match="no service answers") as caught:
-        if cls is Client:
-            Client(url).hosts()
-        else:
-            asyncio.run(AsyncClient(url).hosts())
+        ask()
     assert "trapline up" in caught.value.hint
 
 
