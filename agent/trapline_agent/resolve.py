@@ -93,12 +93,12 @@ class Resolver:
             host_id: the host's id, for answers.
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
-            tracer_pid: the tracer, whose tracees can be probed.
+            tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
         """
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
-        self._tracer_pid = tracer_pid
+        self.tracer_pid = tracer_pid
         self._finder = Finder(host_name, IndexCache())
 
     # --- probes
@@ -271,7 +271,7 @@ class Resolver:
         return targets
 
     def _refusal(self, process: ProcessFacts) -> tuple[str, str] | None:
-        refused = ineligible(process, self._self_pids, self._tracer_pid)
+        refused = ineligible(process, self._self_pids, self.tracer_pid)
         if refused is None and _is_32_bit(process.pid):
             refused = "32-bit", f"process {process.pid} runs 32-bit code, which this release does not probe"
         return refused

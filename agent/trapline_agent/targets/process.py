@@ -32,7 +32,7 @@ class ProcessFacts(NamedTuple):
     uid: int
     """The real user."""
     tracer_pid: int
-    """Who traces the leader; 0: nobody."""
+    """The process that traces the leader; 0: none."""
     exe: str
     """Path of the program in its own mount namespace; empty where it may not be read."""
     exe_deleted: bool
@@ -101,11 +101,16 @@ def facts(pid: int) -> ProcessFacts | None:
         kernel_thread=kernel_thread,
         threads=int(fields[17]),
         uid=int(_status(status, b"\nUid:") or 0),
-        tracer_pid=int(_status(status, b"\nTracerPid:") or 0),
+        tracer_pid=_leader_of(int(_status(status, b"\nTracerPid:") or 0)),
         exe=exe.removesuffix(" (deleted)"),
         exe_deleted=exe.endswith(" (deleted)"),
         hidden=hidden,
     )
+
+
+def _leader_of(tid: int) -> int:
+    """Returns the process of a thread: TracerPid names the thread that traces, kernel: fs/proc/array.c, task_state."""
+    return int(_status(_read_or_empty(f"/proc/{tid}/status"), b"\nTgid:") or tid) if tid else 0
 
 
 def _status(status: bytes, key: bytes) -> bytes:
