@@ -295,8 +295,8 @@ def main() -> None:
         )
         return
     table = Table(title=f"time added per hit, median of {args.rounds} rounds")
-    for heading in ("way", "added, us", "lowest", "highest", "lost", "against count"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for heading in ("way", "added us", "lowest", "highest", "lost", "ratio"):
+        table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
     for w in ways:
         table.add_row(
             w.name,
