@@ -44,6 +44,8 @@ class Tally(Model):
 
     source: str = ""
     """The tracer whose batches come now."""
+    next_seq: int = 0
+    """What its next batch begins with, if nothing is lost."""
     base: dict[str, int] = Field(default_factory=dict)
     """Sums of what former tracers reported."""
     last: dict[str, int] = Field(default_factory=dict)
@@ -122,6 +124,9 @@ class Ledger:
     def open(self, probe: str, tallies: Mapping[str, Tally] | None = None) -> None:
         """Begins to book a probe; hits of any other are not booked."""
         self._tallies[probe] = dict(tallies or {})
+        for host, tally in self._tallies[probe].items():
+            key = (probe, host, tally.source)
+            self._next[key] = max(self._next.get(key, 0), tally.next_seq)
 
     def forget(self, probe: str) -> None:
         """Ends the books of a probe that is gone."""
@@ -147,43 +152,39 @@ class Ledger:
         pair = (header.probe, header.host)
         key = (*pair, header.source)
         tally = self._tally(*pair)
-        expected = self._next.get(key)
+        # A source counts a probe's hits from 0 on.
+        expected = self._next.get(key, 0)
+        if header.seq < expected:
+            log.warning("%s on %s: sequence went from %d back to %d", *pair, expected, header.seq)
+            expected = 0
         losses = self._header_drops(header, expected)
         in_header = sum(header.drops.values())
-        if expected is None or header.seq < expected:
-            # A source that is new here, or that began to count again: what it lost before cannot be seen in numbers.
-            if expected is not None:
-                log.warning("%s on %s: sequence went from %d back to %d", *pair, expected, header.seq)
-            self._declared.pop(pair, None)
-            self._undeclared.pop(pair, None)
-        else:
-            missing = header.seq - expected - in_header
-            if missing > 0:
-                declared = self._declared.get(pair, 0)
-                covered = min(missing, declared)
-                self._declared[pair] = declared - covered
-                unknown = missing - covered
-                if unknown:
-                    self._undeclared[pair] = self._undeclared.get(pair, 0) + unknown
-                    alone = not covered and not in_header
-                    span = (expected, header.seq - 1) if alone else (None, None)
-                    losses.insert(0, Loss(*pair, unknown, UNKNOWN, *span))
+        missing = header.seq - expected - in_header
+        if missing > 0:
+            declared = self._declared.get(pair, 0)
+            covered = min(missing, declared)
+            self._declared[pair] = declared - covered
+            unknown = missing - covered
+            if unknown:
+                self._undeclared[pair] = self._undeclared.get(pair, 0) + unknown
+                alone = not covered and not in_header
+                span = (expected, header.seq - 1) if alone else (None, None)
+                losses.insert(0, Loss(*pair, unknown, UNKNOWN, *span))
         for loss in losses:
             tally.lost[loss.stage] = tally.lost.get(loss.stage, 0) + loss.count
         tally.arrived(header.source, header.count)
-        self._next[key] = header.seq + header.count
+        self._next[key] = tally.next_seq = header.seq + header.count
         return losses
 
     @staticmethod
-    def _header_drops(header: Header, expected: int | None) -> list[Loss]:
+    def _header_drops(header: Header, expected: int) -> list[Loss]:
         drops = [(stage, count) for stage, count in header.drops.items() if count]
         if len(drops) != 1:
             return [Loss(header.probe, header.host, count, stage) for stage, count in drops]
         stage, count = drops[0]
         first = header.seq - count
         # Where other hits are missing beside these, nobody knows which numbers are whose.
-        known = first >= 0 if expected is None else first == expected
-        span = (first, header.seq - 1) if known else (None, None)
+        span = (first, header.seq - 1) if first == expected else (None, None)
         return [Loss(header.probe, header.host, count, stage, *span)]
 
     def link_drops(self, probe: str, host: str, stage: str, count: int) -> list[Loss]:

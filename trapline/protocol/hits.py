@@ -14,7 +14,8 @@ who came late (docs/adr/0003 says why they are not interned per connection).
 
 Fixed columns: ``ts`` u64 (CLOCK_MONOTONIC ns of the host), ``pid`` u32, ``tid`` u32, ``site`` u32 (index into
 ``sites``). Then for each captured value a column by its name, u64 words or u32 indices into ``strings``, and after all of
-them for each a u8 column ``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of (probe, source).
+them for each a u8 column ``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of
+(probe, source); they begin at 0.
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ Fate = tuple[str, int]
 def test_every_hit_is_booked_once(fates: list[Fate], data: some.DataObject) -> None:
     """A host's hits each meet one fate; what the service books must be all of them, in the right places."""
     books = ledger()
-    books.batch(header(0, 1))
-    seq, ring = 1, 0
-    sent = {"delivered": 1, "ring": 0, "outbox": 0, "vanished": 0}
+    seq, ring = 0, 0
+    sent = {"delivered": 0, "ring": 0, "outbox": 0, "vanished": 0}
     untold = 0
     shown = 0
     for fate, count in [*fates, ("sent", 1)]:
@@ -127,11 +126,14 @@ def test_the_agents_own_drops_go_on_with_a_new_tracer() -> None:
     assert counters.hits == 24
 
 
-def test_a_sequence_that_begins_anew_loses_nothing() -> None:
+def test_a_sequence_that_begins_anew_is_booked_from_its_beginning() -> None:
     books = ledger()
-    books.batch(header(100))
+    books.batch(header(0, 100))
     assert books.batch(header(0)) == []
-    assert books.totals("p")[0].hits == 20
+    assert [(loss.count, loss.seq_from, loss.seq_to) for loss in books.batch(header(15))] == [(5, 10, 14)]
+    assert [loss.count for loss in books.batch(header(3, source="src-2"))] == [3]
+    counters, reasons = books.totals("p")
+    assert (counters.hits, reasons) == (138, {"unknown": 8})
 
 
 def test_tallies_survive_their_json() -> None:
@@ -143,3 +145,5 @@ def test_tallies_survive_their_json() -> None:
     again = Ledger()
     again.open("p", {"h": Tally.model_validate_json(kept.model_dump_json())})
     assert again.totals("p") == books.totals("p")
+    # Though the record itself may be trimmed, the books know what comes next.
+    assert again.batch(header(25)) == []
