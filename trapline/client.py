@@ -64,6 +64,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Model)
 
 _PAGE = 500
+_HITS_PAGE = 10_000
 _STREAM_PREFIX = struct.Struct("<II")
 _MAX_FRAME_BYTES = 32 * 1024 * 1024
 _SETTLED = (Phase.ARMED, Phase.PARTIAL, Phase.NO_TARGETS, Phase.COMPLETED, Phase.EXPIRED, Phase.ERROR)
@@ -130,6 +131,20 @@ def _processes(host: str, filter: str) -> Exchange[list[Process]]:
 
 def _symbols(query: str, module: str, host: str, limit: int) -> Exchange[list[SymbolPage]]:
     return _all(SymbolPage, "/symbols", {"q": query, "module": module, "host": host, "limit": limit})
+
+
+def _latest_hits(probe: str, host: str, limit: int) -> Exchange[list[Hit]]:
+    items: list[Hit] = []
+    wanted: dict[str, str | int] = {k: v for k, v in (("probe", probe), ("host", host)) if v}
+    while len(items) < limit:
+        wanted["limit"] = min(limit - len(items), _HITS_PAGE)
+        page = yield Request("GET", "/hits", wanted)
+        # Each page is older than the one before it, and in itself ends with the newest.
+        items[:0] = (_read(Hit, item) for item in page.get("items", []))
+        if not page.get("next_page_token"):
+            break
+        wanted["page_token"] = str(page["next_page_token"])
+    return items
 
 
 def _create(action: str, body: ProbeCreate, model: type[M]) -> Exchange[M]:
@@ -396,7 +411,7 @@ class Client(_Base):
 
     def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         """Returns the latest recorded hits, newest last."""
-        return self._run(_all(Hit, "/hits", {"probe": probe, "host": host, "limit": limit}))
+        return self._run(_latest_hits(probe, host, limit))
 
     def batches(
         self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None
@@ -512,7 +527,7 @@ class AsyncClient(_Base):
         return await self._run(_all(Target, f"/probes/{_segment(probe)}/targets"))
 
     async def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
-        return await self._run(_all(Hit, "/hits", {"probe": probe, "host": host, "limit": limit}))
+        return await self._run(_latest_hits(probe, host, limit))
 
     async def batches(
         self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None

@@ -113,6 +113,11 @@ class Resolver:
         plan = self._plan(spec)
         if not plan.plans:
             raise _first_refusal(plan)
+        if "pid" in plan.where and (chosen := facts(int(plan.where["pid"]))) is not None:
+            # What may not even be looked at can never be armed; other refusals the tracer tells of, and they may pass.
+            refused = self._refusal(chosen)
+            if refused is not None and refused[0] == "permission":
+                raise PermissionDenied(refused[1], reason="permission")
         return plan
 
     def resolve_dry(self, spec: ProbeSpec) -> HostResolution:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from trapline.cli.console import Json, Token, Url, microseconds, note, out, print_json, print_table, progress
 from trapline.cli.rows import format_hit, plain
@@ -80,6 +81,7 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
     with Client(url, token) as client:
         found = client.probe(probe)
         targets = client.targets(found.id)
+        names = {} if json else {host.id: host.facts.name for host in client.hosts()}
     if json:
         print_json({"probe": found.model_dump(mode="json"), "targets": [t.model_dump(mode="json") for t in targets]})
         return
@@ -97,11 +99,11 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         ("expires", _time(found.expires_at)),
     ]
     for key, value in facts:
-        out.print(f"[bold]{key:9}[/]", value, markup=key != "probe")
+        out.print(Text(f"{key:9}", "bold"), value, markup=False)
     _print_conditions(found)
     if targets:
         out.print()
-        _print_targets(targets)
+        _print_targets(targets, names)
 
 
 @probe_app.command("rm")
@@ -128,10 +130,11 @@ def resolve(text: ProbeText, json: Json = False, url: Url = None, token: Token =
     """Say what a probe would do, and do nothing."""
     with Client(url, token) as client, progress("resolving"):
         resolution = client.resolve(text)
+        names = {} if json else {host.id: host.facts.name for host in client.hosts()}
     if json:
         print_json(resolution)
     else:
-        _print_resolution(resolution)
+        _print_resolution(resolution, names)
 
 
 def hits(
@@ -248,13 +251,14 @@ def symbols(
     """Search the symbols that a probe could name."""
     with Client(url, token) as client, progress("searching"):
         pages = client.symbols(query, module=module, host=host, limit=limit)
+        names = {} if json else {host.id: host.facts.name for host in client.hosts()}
     if json:
         print_json(pages)
         return
-    rows = [(s.name, s.module, s.size, s.bind, page.host) for page in pages for s in page.symbols]
+    rows = [(s.name, s.module, s.size, s.bind, names.get(page.host, page.host)) for page in pages for s in page.symbols]
     for page in pages:
         if page.error:
-            note(f"{page.host}: {page.error.get('detail', 'failed')}")
+            note(f"{names.get(page.host, page.host)}: {page.error.get('detail', 'failed')}")
     if rows:
         print_table(("SYMBOL", "MODULE", "SIZE", "BIND", "HOST"), rows)
     else:
@@ -288,12 +292,12 @@ def _print_conditions(probe: Probe) -> None:
             note(f"{condition.type}: {condition.message}")
 
 
-def _print_targets(targets: list[Target]) -> None:
+def _print_targets(targets: list[Target], names: dict[str, str]) -> None:
     rows = [
         (
-            t.host,
+            names.get(t.host, t.host),
             str(t.pid),
-            t.comm,
+            plain(t.comm),
             t.state.value,
             f"{t.module}+{t.offset:#x}",
             f"{t.addr:#x}" if t.addr else "-",
@@ -305,11 +309,10 @@ def _print_targets(targets: list[Target]) -> None:
     print_table(("HOST", "PID", "COMM", "STATE", "SITE", "ADDRESS", "CAUSE", "WHY NOT"), rows)
 
 
-def _print_resolution(resolution: Resolution) -> None:
-    out.print("[bold]probe[/]", end="  ")
-    out.print(resolution.spec.text, markup=False)
+def _print_resolution(resolution: Resolution, names: dict[str, str]) -> None:
+    out.print(Text("probe", "bold"), "", resolution.spec.text, markup=False)
     for host in resolution.hosts:
-        out.print(f"[bold]host[/]   {host.host}")
+        out.print(Text("host", "bold"), " ", names.get(host.host, host.host), markup=False)
         if host.error:
             out.print(f"  {host.error.get('detail', 'failed')}", markup=False)
         for site in host.sites:
@@ -317,7 +320,8 @@ def _print_resolution(resolution: Resolution) -> None:
             at = f"{site.symbol}+{site.symbol_offset:#x}" if site.symbol_offset else site.symbol
             out.print(f"  {site.module}:{at}  {site.offset:#x}  {why}", markup=False)
         able = [t for t in host.targets if t.state is TargetState.ARMED]
-        out.print(f"  {len(able)} processes would be armed, {len(host.targets) - len(able)} not")
+        armed = f"{len(able)} {'process' if len(able) == 1 else 'processes'} would be armed"
+        out.print(f"  {armed}, {len(host.targets) - len(able)} not" if len(host.targets) > len(able) else f"  {armed}")
         for target in host.targets:
             if target not in able:
                 out.print(f"    {target.pid} {target.comm}: {target.message or target.reason}", markup=False)

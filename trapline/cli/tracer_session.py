@@ -152,6 +152,7 @@ class Session:
         self._writer: Writer
         self._command_pid = 0
         self._interrupts = 0
+        self._began = False
         self._ending = asyncio.Event()
         self._changed = asyncio.Event()
         self.status = 0
@@ -205,7 +206,7 @@ class Session:
                     await self._keeper.stop()
             finally:
                 await self._writer.close()
-                if self._probes:
+                if self._began:
                     self._summary()
         return self.status
 
@@ -258,6 +259,7 @@ class Session:
                 await traced.run.settled.wait()
         for traced in self._probes.values():
             self._check(traced.run)
+        self._began = True
 
     def _check(self, run: ProbeRun) -> None:
         """Says what a probe waits for. Raises where waiting is of no use."""
