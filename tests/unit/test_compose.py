@@ -7,6 +7,7 @@ and by Compose itself where that is installed.
 from __future__ import annotations
 
 import configparser
+import fnmatch
 import re
 import signal
 import sys
@@ -41,6 +42,20 @@ def services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_the_parts_are_there(services: dict[str, dict[str, Any]]) -> None:
     assert set(services) == {"token", "service", "agent", "demo"}
+
+
+def test_the_first_probe_it_proposes_means_the_demo(services: dict[str, dict[str, Any]]) -> None:
+    from trapline.spec import parse_probe
+
+    proposed = re.search(r"^#   a first probe:  (.+)$", (ROOT / "docker-compose.yml").read_text(), re.M)
+    assert proposed
+    spec = parse_probe(proposed[1])
+    assert (spec.object, spec.point.value) == ("libsqlite3.so.0", "sqlite3_step")
+    program, option, code = services["demo"]["command"]
+    assert option == "-c"
+    assert fnmatch.fnmatch(program, spec.where["comm"])
+    assert "sqlite3" in code
+    compile(code, "demo", "exec")
 
 
 def test_nothing_is_privileged_and_all_start_from_no_capability(services: dict[str, dict[str, Any]]) -> None:
