@@ -10,7 +10,9 @@ from typing import NoReturn
 _GONE = (errno.ENOENT, errno.ESRCH)
 
 _SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3 = 56, 57, 58, 435
+_SYS_EXECVE, _SYS_EXECVEAT = 59, 322
 _FORKS = frozenset((_SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3))
+_EXECS = frozenset((_SYS_EXECVE, _SYS_EXECVEAT))
 
 
 def _raise(e: OSError, what: str) -> NoReturn:
@@ -67,6 +69,12 @@ def comm(pid: int) -> str:
     return read(f"/proc/{pid}/comm").rstrip(b"\n").decode(errors="replace")
 
 
+def signal_sets(tid: int) -> tuple[int, int, int]:
+    """Returns the signals that a thread blocks, and that its process ignores and catches, bit n-1 for signal n."""
+    fields = status(tid, "SigBlk", "SigIgn", "SigCgt")
+    return int(fields["SigBlk"], 16), int(fields["SigIgn"], 16), int(fields["SigCgt"], 16)
+
+
 def tracer(tid: int) -> int:
     """Returns the thread id of a thread's tracer, 0 where it has none. (TracerPid names the tracing thread, not its
     process: fs/proc/array.c, task_state.)"""
@@ -85,6 +93,8 @@ class Whereabouts(Enum):
     """On a CPU or ready to be: in user code or in the kernel, not known which."""
     FORKING = "forking"
     """Blocked inside fork, vfork or clone."""
+    EXECUTING = "executing"
+    """Blocked inside execve, or in the stop that ends it."""
     BLOCKED = "blocked"
     """Blocked in another system call."""
     STOPPED = "stopped"
@@ -99,4 +109,6 @@ def whereabouts(pid: int, tid: int) -> Whereabouts:
     number = int(text.split(b" ", 1)[0])
     if number in _FORKS:
         return Whereabouts.FORKING
+    if number in _EXECS:
+        return Whereabouts.EXECUTING
     return Whereabouts.BLOCKED if number >= 0 else Whereabouts.STOPPED

@@ -44,6 +44,8 @@ __all__ = ["PTRACE_EVENT_CLONE", "PTRACE_EVENT_EXEC", "PTRACE_EVENT_FORK", "PTRA
 PTRACE_SEIZE: Final = 0x4206
 PTRACE_INTERRUPT: Final = 0x4207
 PTRACE_LISTEN: Final = 0x4208
+PTRACE_GETSIGMASK: Final = 0x420A
+PTRACE_SETSIGMASK: Final = 0x420B
 PTRACE_EVENT_STOP: Final = 128
 
 FOLLOW: Final[int] = PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE | PTRACE_O_TRACEEXEC
@@ -120,6 +122,21 @@ def event_message(tid: int) -> int:
     if _fast(PTRACE_GETEVENTMSG, tid, None, ctypes.addressof(value)) < 0:
         raise _fail("PTRACE_GETEVENTMSG", tid)
     return value.value
+
+
+def signal_mask(tid: int) -> int:
+    """Returns a stopped thread's blocked signals, bit n-1 for signal n (PTRACE_GETSIGMASK)."""
+    mask = ctypes.c_uint64()
+    if _fast(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(mask)) < 0:
+        raise _fail("PTRACE_GETSIGMASK", tid)
+    return mask.value
+
+
+def set_signal_mask(tid: int, mask: int) -> None:
+    """Sets a stopped thread's blocked signals (PTRACE_SETSIGMASK)."""
+    value = ctypes.c_uint64(mask)
+    if _fast(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(value)) < 0:
+        raise _fail("PTRACE_SETSIGMASK", tid)
 
 
 class RegisterFile:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trapline_agent.kernel.process import die_with_parent
 from trapline_agent.tracer.loop import Tracer
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -34,6 +35,8 @@ def main() -> int:
         help="start CMD (the agent) and start it again when it ends; for containers, where the tracer is the main process",
     )
     args = parser.parse_args()
+    if args.supervise and args.supervise[0] == "--":
+        del args.supervise[0]
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(asctime)s trapline-tracer %(levelname)s %(message)s",
@@ -65,8 +68,10 @@ class _Supervisor:
             'trap "kill -TERM \\$child 2>/dev/null; wait \\$child; exit 0" TERM INT; '
             'while :; do "$@" & child=$!; wait $child; sleep 1 & child=$!; wait $child; done'
         )
+        tracer = os.getpid()
         self._shell = subprocess.Popen(
-            ["/bin/sh", "-c", script, "trapline-supervise", *command], preexec_fn=_die_with_parent
+            ["/bin/sh", "-c", script, "trapline-supervise", *command],
+            preexec_fn=lambda: die_with_parent(tracer, signal.SIGTERM),
         )
 
     def stop(self) -> None:
@@ -76,14 +81,6 @@ class _Supervisor:
         except subprocess.TimeoutExpired:
             self._shell.kill()
             self._shell.wait()
-
-
-def _die_with_parent() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG, prctl(2)
-    if os.getppid() == 1:
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ As our children they may be traced by an ordinary user where Yama restricts trac
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import struct
@@ -14,11 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trapline.errors import EngineError, NotFound
+from trapline_agent.kernel.process import die_with_parent
 from trapline_agent.tracer.messages import Launch
 
-_PR_SET_PDEATHSIG = 1
 _ERRNO = struct.Struct("=i")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
@@ -75,9 +73,7 @@ def start(launch: Launch, hold: Callable[[int], Callable[[], None]]) -> Command:
 def _become(launch: Launch, tracer: int, go_r: int, go_w: int, error_w: int) -> None:
     """The child: waits to be followed, then becomes the command. Never returns."""
     try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != tracer:
-            os._exit(127)
+        die_with_parent(tracer, signal.SIGKILL)
         os.close(go_w)
         if launch.output == "null":
             null = os.open(os.devnull, os.O_RDWR)

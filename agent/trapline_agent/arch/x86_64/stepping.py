@@ -196,6 +196,9 @@ def _odd_transfer(insn: Instruction) -> str:
 
 
 def _encode(insn: Instruction, at: int) -> bytes:
+    # A branch to its own address leads back to the breakpoint, not to the copy: the block must not take it for its own.
+    insn = insn.copy()
+    insn.ip = 0
     block = BlockEncoder(64)
     block.add(insn)
     return bytes(block.encode(at))

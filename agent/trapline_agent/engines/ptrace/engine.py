@@ -31,6 +31,9 @@ class PtraceEngine:
         self._lock = threading.Lock()
         self._threads: dict[int, TraceThread] = {}
         self._processes: dict[int, TracedProcess] = {}
+        self._started: set[TraceThread] = set()
+        """Tracer threads that run, or have ended and were not waited for."""
+        self._retry: set[ProcessId] = set()
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
         """Names of the processes that are or were followed, by pid."""
@@ -61,9 +64,7 @@ class PtraceEngine:
                 if thread is not None:
                     if thread.call(lambda t=thread: t.reconcile(process.pid, cause)):  # type: ignore[misc]
                         return
-                    with self._lock:
-                        if self._threads.get(process.pid) is thread:
-                            del self._threads[process.pid]
+                    self._unmap(process.pid, thread)
                     continue
                 wanted = self.observer.wanted(process, cause)
                 if not wanted.sites and not wanted.keep:
@@ -71,27 +72,60 @@ class PtraceEngine:
                 self._attach(process, cause, wanted)
                 return
             except Ended:
-                with self._lock:
-                    if self._threads.get(process.pid) is thread:
-                        del self._threads[process.pid]
+                if thread is not None:
+                    self._unmap(process.pid, thread)
             except ProcessLookupError:
                 return
+            except TimeoutError as e:
+                self._busy(process, cause, str(e))
+                return
+
+    def _unmap(self, pid: int, thread: TraceThread) -> None:
+        with self._lock:
+            if self._threads.get(pid) is thread:
+                del self._threads[pid]
+
+    def _busy(self, process: ProcessId, cause: str, why: str) -> None:
+        with self._lock:
+            self._retry.add(process)
+        with contextlib.suppress(ProcessLookupError):
+            wanted = self.observer.wanted(process, cause)
+            self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
-        thread = TraceThread(self)
-        thread.start()
+        for other in self.processes():
+            with contextlib.suppress(OSError):
+                if other != process and ptrace.same_address_space(other.pid, process.pid):
+                    with self._lock:
+                        sharer = self._threads.get(other.pid)
+                    if sharer is not None:
+                        sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                        return
+        thread = self._start()
         try:
             thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
             reason, message = _why_not(process.pid, e)
             if reason:
                 self._refuse(process, wanted, cause, reason, message)
-        except TimeoutError as e:
-            self._refuse(process, wanted, cause, "BusyForking", f"{e}; it is tried again")
+        except (ProcessLookupError, TimeoutError):
+            raise
         except OSError as e:
-            if isinstance(e, ProcessLookupError):
-                raise
             self._refuse(process, wanted, cause, "AttachFailed", str(e))
+
+    def _start(self) -> TraceThread:
+        """Starts a tracer thread, when those that are ending have let all their tracees go: one of them half let go would
+        look like one that the kernel attached to the new thread."""
+        with self._lock:
+            ending = {t for t in self._started if t.ended}
+            self._started -= ending
+        for old in ending:
+            old.wait_gone()
+        thread = TraceThread(self)
+        with self._lock:
+            self._started.add(thread)
+        thread.start()
+        return thread
 
     def _refuse(self, process: ProcessId, wanted: Wanted, cause: str, reason: str, message: str) -> None:
         reports = [SiteReport(r.addr, r.plan, "refused", reason, message) for r in wanted.sites if not r.is_hook]
@@ -102,7 +136,11 @@ class PtraceEngine:
             return [p.id for p in self._processes.values()]
 
     def tick(self) -> None:
-        """Tries again to let go what could not be let go before. To be called every second or so."""
+        """Tries again what could not be done before: to let go, or to arm. To be called every second or so."""
+        with self._lock:
+            retry, self._retry = self._retry, set()
+        for process in retry:
+            self.reconcile(process, "reconcile")
         with self._lock:
             threads = {self._threads[p.id.pid] for p in self._processes.values() if p.lingering and not p.released}
         for thread in threads:
@@ -111,18 +149,17 @@ class PtraceEngine:
 
     def close(self) -> None:
         """Expects the observer to want nothing any more; returns when every thread has let its processes go."""
-        with self._lock:
-            threads = set(self._threads.values())
         for process in self.processes():
             self.reconcile(process, "reconcile")
+        with self._lock:
+            threads = set(self._started)
+            self._started.clear()
         for thread in threads:
             while thread.is_alive():
                 with contextlib.suppress(Ended):
                     thread.call(lambda: None)
                 thread.join(0.05)
-            # The interpreter's thread ends before the kernel's, which is what lets the tracees go.
-            while os.path.exists(f"/proc/self/task/{thread.native_id}"):
-                os.sched_yield()
+            thread.wait_gone()
 
     # --- launched commands -------------------------------------------------------------------------------------------
 
@@ -139,8 +176,7 @@ class PtraceEngine:
             PermissionDenied: the kernel refuses to let us trace our own child.
         """
         arrived = self._held[pid] = threading.Event()
-        thread = TraceThread(self)
-        thread.start()
+        thread = self._start()
         try:
             thread.call(lambda: thread.attach(pid, "exec", held=True))
         except PermissionError as e:

@@ -40,7 +40,8 @@ DOORBELL = signal.SIGUSR1
 _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
-_TRAP_TRACE = 2
+_ALL_SIGNALS = 2**64 - 1
+_TRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _SETTLE_S = 1.0
 _LOOKS = 20
 """Looks at a running thread before it is interrupted: most block in between, and then need not be."""
@@ -118,6 +119,17 @@ class TraceThread(threading.Thread):
                 ptrace.thread_kill(os.getpid(), self.native_id or 0, DOORBELL)
             command.taken.wait(0.001)
         return command.result()
+
+    def wait_gone(self) -> None:
+        """Waits until the kernel's thread has ended too: only that lets its tracees go, later than Python's thread ends."""
+        while self.native_id is not None and os.path.exists(f"/proc/self/task/{self.native_id}"):
+            os.sched_yield()
+
+    @property
+    def ended(self) -> bool:
+        """It takes no more commands, and is letting its tracees go or has done so."""
+        with self._lock:
+            return self._ended
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -216,9 +228,11 @@ class TraceThread(threading.Thread):
         else:
             self._compute(thread, site)
             words[RIP] = addr
-        counted = thread.uncounted is None or thread.uncounted != (addr, words[RSP])
-        thread.uncounted = None
-        if counted:
+        if thread.blocked:
+            self._block_again(thread)
+        if thread.uncounted is not None and thread.uncounted == (addr, words[RSP]):
+            thread.uncounted = None
+        else:
             pid, fd = thread.process.id.pid, memory.fd
             for sink in site.sinks:
                 sink(ts, pid, tid, words, fd)
@@ -231,6 +245,13 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
+
+    def _block_again(self, thread: Thread) -> None:
+        """Puts SIGTRAP back among the blocked signals, as long as the program left the others as they were."""
+        if ptrace.signal_mask(thread.tid) | _TRAP_BIT == thread.blocked:
+            ptrace.set_signal_mask(thread.tid, thread.blocked)
+        else:
+            thread.blocked = 0
 
     def _compute(self, thread: Thread, site: Site) -> None:
         """Runs an instruction that has neither slot nor a mere jump's effect. Sinks see the registers before it."""
@@ -314,6 +335,9 @@ class TraceThread(threading.Thread):
         if process is not None:
             thread = self._threads[tid] = process.add(tid)
             thread.settled = True
+            if process.memory.sites:
+                mask = ptrace.signal_mask(tid)
+                thread.blocked = mask if mask & _TRAP_BIT else 0
             self._resume(thread)
             return
         parent = self._processes.get(parent_pid) or self._likely_parent(pid)
@@ -347,6 +371,8 @@ class TraceThread(threading.Thread):
             child.memory.inherit(parent.memory)
         thread = self._include(child, tid)
         thread.settled = True
+        mask = ptrace.signal_mask(tid)
+        thread.blocked = mask if mask & _TRAP_BIT else 0
         self._reconcile(child, "fork", parent.id)
         self._let_go_if_idle(child)
         self._resume(thread)
@@ -372,6 +398,7 @@ class TraceThread(threading.Thread):
         gone = [SiteReport(s.addr, s.plan, "gone") for s in process.memory.sites.values() if not s.is_hook]
         process.memory = AddressSpace(tid)
         process.comm = procfs.comm(tid)
+        process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
         self._reconcile(process, "exec")
@@ -458,35 +485,41 @@ class TraceThread(threading.Thread):
         return True
 
     def _step_out(self, thread: Thread) -> int | None:
-        """Single-steps a stopped thread until it is out of its slot. Signals that come on the way are sent again.
+        """Single-steps a stopped thread until it is out of its slot, with signals blocked, so that those that are pending
+        stay so, in order and with what they carry.
 
         Returns:
             The wait status of the stop that it is in then; None where the thread ended.
         """
-        memory, words = thread.process.memory, self._words
-        status = 0
+        tid, words = thread.tid, self._words
+        mask = ptrace.signal_mask(tid)
+        ptrace.set_signal_mask(tid, _ALL_SIGNALS & ~_TRAP_BIT)
+        stops: list[int] = []
+        inside = None
         for _ in range(_STEPS):
-            ptrace.single_step(thread.tid)
-            tid, status = self._wait_for(thread.tid)
-            if tid <= 0 or not os.WIFSTOPPED(status):
-                self._ended_task(thread.tid, thread, status)
+            ptrace.single_step(tid)
+            got, status = self._wait_for(tid)
+            if got <= 0 or not os.WIFSTOPPED(status):
+                self._ended_task(tid, thread, status)
                 return None
-            self._registers.load(thread.tid)
-            if not status >> 16:
-                stop = os.WSTOPSIG(status)
-                if stop != signal.SIGTRAP or self._registers.signal_code(thread.tid) != _TRAP_TRACE:
-                    self._send(thread, stop)
-            inside = memory.slot_at(words[RIP])
+            self._registers.load(tid)
+            if not status >> 16 and os.WSTOPSIG(status) != signal.SIGTRAP:
+                stops.append(os.WSTOPSIG(status))  # SIGSTOP, which cannot be blocked, or the instruction's own fault
+            inside = thread.process.memory.slot_at(words[RIP])
             if inside is None:
-                return status
+                break
+        if inside is not None:
+            # A repeated string instruction: its state is all in registers, so it can go on from the original.
             addr, site, slot = inside
-        # A repeated string instruction: its state is all in registers, so it can go on from the original.
-        original = slot.starts.get(words[RIP] - addr)
-        if original is not None:
-            words[RIP] = original[0]
-            words[RSP] += original[1]
-            self._registers.store(thread.tid)
-            thread.uncounted = (site.addr, words[RSP])
+            original = slot.starts.get(words[RIP] - addr)
+            if original is not None:
+                words[RIP] = original[0]
+                words[RSP] += original[1]
+                self._registers.store(tid)
+                thread.uncounted = (site.addr, words[RSP])
+        ptrace.set_signal_mask(tid, mask)
+        for stop in stops:
+            self._send(thread, stop)
         return status
 
     def _send(self, thread: Thread, sig: int) -> None:
@@ -515,21 +548,22 @@ class TraceThread(threading.Thread):
         self._processes[pid] = process
         self._engine.adopted(process, self)
         try:
-            if not held and not self._settle(process):
-                raise TimeoutError(f"a thread of process {pid} stays inside fork or clone")
+            if not held:
+                self._settle_all(process)
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
             process.retry_at = 0.0
             raise
 
-    def _seize(self, process: TracedProcess) -> None:
-        """Seizes all threads, until no new one is seen (semantics P5)."""
+    def _seize(self, process: TracedProcess) -> bool:
+        """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize."""
         pid = process.id.pid
+        seized = False
         while True:
             new = [t for t in procfs.tasks(pid) if t not in process.threads]
             if not new:
-                return
+                return seized
             for tid in new:
                 try:
                     ptrace.seize(tid)
@@ -538,19 +572,47 @@ class TraceThread(threading.Thread):
                         raise
                     continue
                 except PermissionError:
-                    if tid == pid or not procfs.traced_by_us(tid):
+                    if tid == pid or procfs.tracer(tid) != self.native_id:
                         raise
                     continue  # a clone that the kernel attached for us: its first stop will tell
                 self._threads[tid] = process.add(tid)
+                seized = True
             if procfs.start_time(pid) != process.id.start_time:
                 raise ProcessLookupError(f"process {pid} was replaced by another of that number")
             if all(t in process.threads or self._is_ours(t) for t in procfs.tasks(pid)):
-                return
+                return seized
 
     def _is_ours(self, tid: int) -> bool:
         with contextlib.suppress(ProcessLookupError):
-            return procfs.traced_by_us(tid)
+            return procfs.tracer(tid) == self.native_id
         return True
+
+    def _settle_all(self, process: TracedProcess) -> None:
+        """Settles a process that was just seized, with all that share its memory, and makes sure that the memory at hand is
+        the one that it has.
+
+        A descriptor of /proc/PID/mem that was opened before an exec leads to the old address space, which after a vfork is
+        the parent's. So it is opened after the seize, from which on an exec is reported, and all threads have to be seen
+        outside of execve once more after the sharers were looked for, with no exec in between.
+
+        Raises TimeoutError.
+        """
+        memory = process.memory
+        while True:
+            self._settle_group(memory)
+            if process.memory is memory and not memory.sites and not memory.slots:
+                memory.reopen(process.id.pid)
+            execs = process.execs
+            found = self._seize_sharers(process)
+            self._settle_group(memory)
+            if not found and process.execs == execs:
+                return
+            memory = process.memory
+
+    def _settle_group(self, memory: AddressSpace) -> None:
+        for process in self._sharers(memory):
+            if not self._settle(process):
+                raise TimeoutError(f"a thread of process {process.id.pid} stays inside fork, clone or execve")
 
     def _settle(self, process: TracedProcess) -> bool:
         """Waits until every thread was seen outside of fork and clone, and outside of traps and slots, since now.
@@ -578,8 +640,11 @@ class TraceThread(threading.Thread):
                 if place is Whereabouts.BLOCKED:
                     thread.settled = True
                 elif place is Whereabouts.FORKING:
-                    thread.settled = looks > _LOOKS and self._seize_vfork_child(process)
-                elif looks > _LOOKS and not thread.interrupted:
+                    # Its child has the same address space and is followed: nothing untraced is on its way.
+                    thread.settled = looks > _LOOKS and (
+                        len(self._sharers(process.memory)) > 1 or self._seize_sharers(process)
+                    )
+                elif place is not Whereabouts.EXECUTING and looks > _LOOKS and not thread.interrupted:
                     thread.interrupted = True
                     with contextlib.suppress(ProcessLookupError):
                         ptrace.interrupt(thread.tid)
@@ -590,44 +655,61 @@ class TraceThread(threading.Thread):
             looks += 1
             os.sched_yield() if looks <= _LOOKS else time.sleep(0.0002)
 
-    def _seize_vfork_child(self, process: TracedProcess) -> bool:
-        """A thread that stays in vfork waits for a child in the same address space, which would meet our bytes untraced:
-        it is followed too. Returns whether it was found."""
+    def _seize_sharers(self, process: TracedProcess) -> bool:
+        """Follows the processes that share this one's address space (vfork, CLONE_VM): they would meet our bytes untraced.
+
+        Only those that were made before the seize are looked for; later ones are followed by the kernel. Returns whether
+        there was a new one.
+        """
+        found = False
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) in self._processes:
                 continue
             pid = int(entry)
             try:
-                if int(procfs.stat_fields(pid)[1]) != process.id.pid:
-                    continue
                 if not ptrace.same_address_space(process.id.pid, pid):
                     continue
-                process.memory.users += 1
-                child = TracedProcess.open(pid, process.memory)
-                self._seize(child)
+                self.join_process(pid, process.id.pid)
+                found = True
             except OSError:
-                continue
-            self._processes[pid] = child
-            self._engine.adopted(child, self)
-            return True
-        return False
+                continue  # ended meanwhile, a kernel thread, or not ours to ask
+        return found
+
+    def join_process(self, pid: int, sharer: int) -> None:
+        """Follows a process that has the address space of one that is followed here. On this thread."""
+        memory = self._processes[sharer].memory
+        child = TracedProcess.open(pid, memory)
+        self._seize(child)
+        # An exec before the seize was not reported; after it, it will be.
+        if ptrace.same_address_space(pid, sharer):
+            memory.users += 1
+        else:
+            child.memory = AddressSpace(pid)
+        self._processes[pid] = child
+        self._engine.adopted(child, self)
+
+    def _sharers(self, memory: AddressSpace) -> list[TracedProcess]:
+        return [p for p in self._processes.values() if p.memory is memory]
 
     def reconcile(self, pid: int, cause: str) -> bool:
         """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
         process = self._processes.get(pid)
         if process is None:
             return False
-        if process.lingering:
-            # It may have been let go in part, and new threads of it were not followed since.
-            self._seize(process)
-            if not self._settle(process):
-                return True
+        if process.released:
+            # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
+            seized = False
+            for sharer in self._sharers(process.memory):
+                sharer.released = False
+                seized |= self._seize(sharer)
+            if self._seize_sharers(process) or seized:
+                self._settle_all(process)
         self._reconcile(process, cause)
         return True
 
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
-        if memory.users > 1 and self._owner(memory) is not process:
+        if memory.users > 1 and self._sharers(memory)[:1] not in ([], [process]):
             return
         try:
             wanted = self._observer.wanted(process.id, cause, parent)
@@ -646,10 +728,12 @@ class TraceThread(threading.Thread):
             memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
-        for request in wanted.sites:
-            if request.addr in memory.sites:
-                continue
+        new = [r for r in wanted.sites if r.addr not in memory.sites]
+        objection = self._objection(process) if new else None
+        for request in new:
             try:
+                if objection is not None:
+                    raise objection
                 memory.arm(request)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
@@ -661,8 +745,33 @@ class TraceThread(threading.Thread):
         hooks = {r.addr for r in wanted.sites if r.is_hook}
         self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)
 
-    def _owner(self, memory: AddressSpace) -> TracedProcess | None:
-        return next((p for p in self._processes.values() if p.memory is memory), None)
+    def _objection(self, process: TracedProcess) -> Unsupported | None:
+        """Says why a process may have no breakpoint at all: what it does about SIGTRAP could not be kept (semantics H5).
+
+        An int3 resets the disposition of a SIGTRAP that is ignored, or that is blocked while it is caught, and what it was
+        cannot be put back from outside.
+        """
+        pid = process.id.pid
+        for thread in process.threads.values():
+            try:
+                blocked, ignored, caught = procfs.signal_sets(thread.tid)
+            except (ProcessLookupError, KeyError):
+                continue
+            thread.blocked = blocked if blocked & _TRAP_BIT else 0
+            if ignored & _TRAP_BIT:
+                return Unsupported(
+                    f"process {pid} ignores SIGTRAP, and a breakpoint would make the kernel forget that",
+                    reason="SigtrapIgnored",
+                    hint="probe another process of the program, or stop it from ignoring SIGTRAP",
+                )
+            if thread.blocked and caught & _TRAP_BIT:
+                return Unsupported(
+                    f"process {pid} has a SIGTRAP handler and thread {thread.tid} blocks SIGTRAP: "
+                    "a breakpoint would make the kernel forget the handler",
+                    reason="SigtrapBlockedAndCaught",
+                    hint="probe another process of the program",
+                )
+        return None
 
     def _let_go_if_idle(self, process: TracedProcess) -> None:
         """For a process whose only thread is stopped: what is left of ours can go at once."""
@@ -675,15 +784,19 @@ class TraceThread(threading.Thread):
         for process in list(self._processes.values()):
             if not process.lingering or process.released or time.monotonic() < process.retry_at:
                 continue
-            sharers = [p for p in self._processes.values() if p.memory is process.memory]
-            if all(self._settle(p) for p in sharers) and process.lingering and not process.memory.sites:
-                process.memory.wipe_slots()
-                for p in sharers:
+            memory = process.memory
+            sharers = self._sharers(memory)
+            settled = all(self._settle(p) for p in sharers)
+            # Settling serves stops: a sharer may have taken on an image of its own meanwhile, or a new one have come.
+            now = self._sharers(memory)
+            if settled and process.lingering and process in now and not memory.sites and set(now) <= set(sharers):
+                memory.wipe_slots()
+                for p in now:
                     p.lingering = p.released = True
-            else:
+            elif not settled:
                 process.retry_at = time.monotonic() + _SETTLE_S
         with self._lock:
-            self._closing = all(p.released for p in self._processes.values())
+            self._closing = all(p.released and not p.memory.sites for p in self._processes.values())
 
     def release(self, pid: int) -> None:
         """Lets a held command run. On this thread."""

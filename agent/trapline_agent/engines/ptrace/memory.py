@@ -42,16 +42,19 @@ class AddressSpace:
 
     def __init__(self, pid: int) -> None:
         """Opens the memory of a process. Raises ProcessLookupError, PermissionError."""
-        try:
-            self.fd = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError as e:
-            raise ProcessLookupError(e.errno, "no such process", str(pid)) from e
+        self.fd = _open(pid)
         self.sites: dict[int, Site] = {}
         self.former: dict[int, Site] = {}
         """Sites that were taken out; a thread may have hit one just before, and a child forked then may have its byte."""
         self.slots: dict[int, tuple[Site, Slot]] = {}
         """By slot address; kept until no thread can be inside."""
         self.users = 1
+
+    def reopen(self, pid: int) -> None:
+        """Opens the memory that a process has now, where nothing has been written yet."""
+        fresh = _open(pid)
+        os.close(self.fd)
+        self.fd = fresh
 
     def close(self) -> None:
         """Gives up the descriptor when the last process that shares the address space is gone."""
@@ -119,19 +122,26 @@ class AddressSpace:
 
     def has_breakpoint(self, addr: int) -> bool:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
+        return self._has(addr, BREAKPOINT)
+
+    def _has(self, addr: int, content: bytes) -> bool:
         try:
-            return os.pread(self.fd, 1, addr) == BREAKPOINT
+            return os.pread(self.fd, len(content), addr) == content
         except OSError:
             return False
 
     def inherit(self, parent: AddressSpace) -> None:
-        """Takes over what a forked child's memory has of its parent's breakpoints and slots."""
+        """Takes over what a forked child's memory has of its parent's breakpoints and slots.
+
+        The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
+        """
         for site in (*parent.former.values(), *parent.sites.values()):
             if self.has_breakpoint(site.addr):
                 copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
                 self.sites[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
-            self.slots[addr] = (self.sites.get(site.addr, site), slot)
+            if self._has(addr, slot.code):
+                self.slots[addr] = (self.sites.get(site.addr, site), slot)
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -168,8 +178,15 @@ class AddressSpace:
         """Puts the zeros back. Only when no thread can be inside, and no site uses them."""
         for addr, (_, slot) in self.slots.items():
             try:
-                if os.pread(self.fd, len(slot.code), addr) == slot.code:
+                if self._has(addr, slot.code):
                     os.pwrite(self.fd, bytes(len(slot.code)), addr)
             except OSError:
                 continue  # unmapped, or the process is gone
         self.slots.clear()
+
+
+def _open(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as e:
+        raise ProcessLookupError(e.errno, "no such process", str(pid)) from e

@@ -24,6 +24,9 @@ class Thread:
     uncounted: tuple[int, int] | None = None
     """(address, stack pointer) of a site that this thread will run through again after a fault in its slot: that pass was
     counted already."""
+    blocked: int = 0
+    """Signals that it blocked when it was last looked at, where SIGTRAP was one of them; else 0. An int3 makes the kernel
+    unblock SIGTRAP (kernel/signal.c, force_sig_info_to_task), which is put right at the stop."""
     stat_fd: int = -1
 
     def cpu(self) -> int:
@@ -54,6 +57,8 @@ class TracedProcess:
     """Nothing is wanted in it any more; it will be let go when that needs no stop."""
     released: bool = False
     """Lingering, and every thread was seen where nothing of ours can reach it: any stop may be its last."""
+    execs: int = 0
+    """Images it took on since it is followed."""
     retry_at: float = 0.0
     """CLOCK_MONOTONIC seconds before which it is not tried again to release it."""
 

@@ -1,0 +1,178 @@
+"""A small host for the contract tests: a uprobe table and the engine under test, in this process.
+
+The sinks run while the thread that hit is stopped, so after a target has answered, ``hits`` is exact: nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from trapline.protocol.hits import HitBatch, decode
+from trapline_agent.engines.base import Engine, Observer, ProcessId
+from trapline_agent.engines.ring import HitRing
+from trapline_agent.kernel import procfs
+from trapline_agent.symbols.index import IndexCache
+from trapline_agent.targets.files import file_key_of
+from trapline_agent.targets.maps import executable_mappings
+from trapline_agent.tracer.messages import FetchPlan, Register, SitePlan, TargetState
+from trapline_agent.tracer.table import Consumer, Table
+
+_LOADER = Path("/lib64/ld-linux-x86-64.so.2")
+
+
+class Files:
+    """Plans by symbol, as the agent would make them."""
+
+    def __init__(self) -> None:
+        self._cache = IndexCache()
+
+    def plan(self, path: Path, symbol: str, site: int = 0, offset: int = 0) -> SitePlan:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            index = self._cache.get(fd, str(path))
+            found = index.find(symbol)[0]
+            segment = index.segment_at(found.offset)
+            assert segment is not None
+            at = found.offset + offset
+            return SitePlan(
+                site=site,
+                file=file_key_of(fd, str(path)),
+                path=str(path),
+                offset=at,
+                code=os.pread(fd, min(15, segment.end - at), at),
+                slack_offset=segment.slack_offset,
+                slack_len=segment.slack_len,
+            )
+        finally:
+            os.close(fd)
+
+
+class Host:
+    """Registers and unregisters as the tracer's control thread does."""
+
+    def __init__(self, make: Callable[[Observer], Engine]) -> None:
+        self.table = Table()
+        self.table.self_pids = frozenset((os.getpid(),))
+        self.engine = make(self.table)
+        self.files = Files()
+        self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
+        self._consumers: dict[str, Consumer] = {}
+
+    def register(
+        self,
+        plans: SitePlan | Sequence[SitePlan],
+        *,
+        probe: str = "p",
+        fetches: Sequence[FetchPlan] = (),
+        max_hits: int = 0,
+        **where: object,
+    ) -> Probe:
+        """Registers a probe: publishes it, then looks at every process."""
+        plans = [plans] if isinstance(plans, SitePlan) else list(plans)
+        message = Register(
+            id=1,
+            probe=probe,
+            generation=1,
+            sites=[f"site{p.site}" for p in plans],
+            plans=plans,
+            fetches=list(fetches),
+            where={k: str(v) for k, v in where.items()},
+            max_hits=max_hits,
+        )
+        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
+        self._consumers[probe] = consumer
+        for identity in {*self.table.candidates(), *self.engine.processes()}:
+            self.engine.reconcile(identity, "scan")
+        return Probe(self, consumer)
+
+    def unregister(self, probe: str = "p") -> None:
+        """Withdraws a probe; its bytes are out when this returns."""
+        consumer = self.table.withdraw(probe)
+        for identity in self.engine.processes():
+            self.engine.reconcile(identity, "unregister")
+        if consumer is not None:
+            consumer.close()
+
+    def reconcile(self, pid: int) -> None:
+        self.engine.reconcile(ProcessId(pid, procfs.start_time(pid)), "reconcile")
+
+    def close(self) -> None:
+        for consumer in self.table.consumers:
+            self.unregister(consumer.probe)
+        self.engine.close()
+
+
+class Probe:
+    """A registered probe, as a test looks at it."""
+
+    def __init__(self, host: Host, consumer: Consumer) -> None:
+        self._host = host
+        self._consumer = consumer
+
+    @property
+    def hits(self) -> int:
+        return self._consumer.ring.hits
+
+    @property
+    def ring(self) -> HitRing:
+        return self._consumer.ring
+
+    @property
+    def targets(self) -> list[TargetState]:
+        return list(self._consumer.targets.values())
+
+    def states(self) -> Counter[str]:
+        return Counter(t.state for t in self.targets)
+
+    def batches(self) -> list[HitBatch]:
+        """Drains the ring."""
+        drained = self.ring.drain(
+            host="h",
+            probe=self._consumer.probe,
+            source="s",
+            generation=1,
+            sites=self._consumer.register.sites,
+            comms={},
+        )
+        return [decode(batch) for _, batch in drained]
+
+    def unregister(self) -> None:
+        self._host.unregister(self._consumer.probe)
+
+
+def altered_bytes(pid: int, paths: Iterable[Path]) -> dict[tuple[str, int], tuple[int, int]]:
+    """Returns where the code of a process differs from its files: {(path, file offset): (in the file, in memory)}."""
+    names = {str(p) for p in paths}
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for mapping in executable_mappings(pid):
+            if mapping.path not in names:
+                continue
+            length = mapping.end - mapping.start
+            with contextlib.suppress(OSError):
+                memory.seek(mapping.start)
+                mapped = memory.read(length)
+                with open(mapping.path, "rb") as file:
+                    file.seek(mapping.offset)
+                    content = file.read(length).ljust(length, b"\0")
+                for i, (a, b) in enumerate(zip(content, mapped, strict=False)):
+                    if a != b:
+                        found[mapping.path, mapping.offset + i] = (a, b)
+    return found
+
+
+def mapped_files(pid: int) -> set[Path]:
+    return {Path(m.path) for m in executable_mappings(pid)}
+
+
+@contextlib.contextmanager
+def untouched(pid: int) -> Iterator[None]:
+    """Asserts that the body leaves a process' code as its files have it, and nobody tracing it (semantics S3)."""
+    yield
+    assert altered_bytes(pid, mapped_files(pid)) == {}
+    for tid in procfs.tasks(pid):
+        assert procfs.tracer(tid) == 0, f"thread {tid} of {pid} is still traced"

@@ -1,0 +1,427 @@
+"""What every engine must do, whatever it is made of: the rules of docs/architecture/life-of-a-probe.md.
+
+The oracle is always the target's own counter.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.engines.host import Host, altered_bytes, mapped_files, untouched
+from tests.support import needs
+from tests.support.children import Child, fields, python, stopped
+from tests.support.targets import Targets
+from trapline.protocol.hits import ValueStatus
+from trapline_agent.tracer.messages import FetchPlan
+
+pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
+
+
+def test_counts_every_call_and_leaves_no_trace(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "1") as child:
+        with untouched(child.pid):
+            probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
+            assert probe.states() == {"armed": 1}
+            child.ask("call 1000")
+            assert probe.hits == 1000
+            probe.unregister()
+            host.engine.close()
+        child.ask("call 500")
+        assert probe.hits == 1000
+        assert child.count()["wrong"] == 0
+
+
+def test_registers_and_strings_are_those_of_the_call(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    fetches = [
+        FetchPlan(name="i", register="rdi"),
+        FetchPlan(name="s", register="rsi", string=True),
+        FetchPlan(name="short", register="rsi", string=True, max_bytes=4),
+    ]
+    with targets.run("hot", "1") as child:
+        probe = host.register(host.files.plan(program, "target_hot"), fetches=fetches, pid=child.pid)
+        child.ask("call 5 héllo")
+        child.ask("callp 1 0")
+        child.ask("callp 1 16")
+    (batch,) = probe.batches()
+    hits = list(batch.hits())
+    assert [h.args["i"] for h in hits] == [0, 1, 2, 3, 4, 0, 0]
+    assert [h.args["s"] for h in hits] == ["héllo"] * 5 + [None, None]
+    assert hits[0].args["short"] == "hél"
+    assert hits[0].status == {"short": ValueStatus.TRUNCATED.text}
+    assert hits[5].status["s"] == ValueStatus.NULL.text
+    assert hits[6].status["s"] == ValueStatus.FAULT.text
+    assert {h.pid for h in hits} == {child.pid}
+    assert [h.seq for h in hits] == list(range(7))
+    assert [int(h.ts_ns) for h in hits] == sorted(int(h.ts_ns) for h in hits)
+
+
+def test_six_arguments(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    names = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
+    fetches = [FetchPlan(name=f"arg{i}", register=r, string=i == 5) for i, r in enumerate(names)]
+    with targets.run("hot", "1") as child:
+        probe = host.register(host.files.plan(program, "target_six"), fetches=fetches, pid=child.pid)
+        child.ask("six")
+    (hit,) = next(iter(probe.batches())).hits()
+    assert list(hit.args.values()) == [1, 2, 3, 4, 5, "six"]
+
+
+def test_all_threads_and_those_that_come_later(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "4") as child:
+        probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
+        child.ask("start")
+        child.ask("spawn 4")
+        child.ask("stop")
+        count = child.count()
+        assert probe.hits == count["done"] == count["begun"] > 0
+        assert count["wrong"] == 0
+        probe.unregister()
+
+
+def test_window_is_exact_while_threads_run(host: Host, targets: Targets) -> None:
+    """calls inside [registered, unregister called] <= hits <= calls inside [register called, unregistered]."""
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "4") as child:
+        child.ask("start")
+        for cycle in range(20):
+            before = child.count()
+            probe = host.register(plan, probe=f"p{cycle}", pid=child.pid)
+            first = child.count()
+            last = child.count()
+            probe.unregister()
+            after = child.count()
+            assert last["done"] - first["begun"] <= probe.hits <= after["begun"] - before["done"]
+        with stopped(child):
+            assert child.count()["wrong"] == 0
+            host.engine.close()
+            assert altered_bytes(child.pid, mapped_files(child.pid)) == {}
+
+
+def test_registering_twice_changes_nothing(host: Host, targets: Targets) -> None:
+    plan = host.files.plan(targets.build("hot"), "target_hot")
+    with targets.run("hot", "1") as child:
+        probe = host.register(plan, pid=child.pid)
+        once = altered_bytes(child.pid, [targets.build("hot")])
+        again = host.register(plan, pid=child.pid)
+        assert altered_bytes(child.pid, [targets.build("hot")]) == once
+        child.ask("call 10")
+        assert again.hits == probe.hits == 10
+
+
+def test_consumers_share_a_site(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "1") as child:
+        probes = [host.register(plan, probe=f"p{i}", pid=child.pid) for i in range(3)]
+        armed = altered_bytes(child.pid, [program])
+        child.ask("call 7")
+        for probe in probes[:-1]:
+            probe.unregister()
+            assert altered_bytes(child.pid, [program]) == armed, "the others still want it"
+        child.ask("call 5")
+        assert [p.hits for p in probes] == [7, 7, 12]
+        probes[-1].unregister()
+        host.engine.close()
+        assert altered_bytes(child.pid, [program]) == {}
+
+
+def test_selector_leaves_other_processes_alone(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "1") as chosen, targets.run("hot", "1") as other, untouched(other.pid):
+        probe = host.register(host.files.plan(program, "target_hot"), pid=chosen.pid)
+        chosen.ask("call 3")
+        other.ask("call 100")
+        assert probe.hits == 3
+        assert {t.pid for t in probe.targets} == {chosen.pid}
+        assert altered_bytes(other.pid, [program]) == {}
+
+
+def test_without_selector_every_process_that_maps_the_file(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "1") as a, targets.run("hot", "1") as b:
+        probe = host.register(host.files.plan(program, "target_hot"))
+        a.ask("call 3")
+        b.ask("call 4")
+        assert probe.hits == 7
+        probe.unregister()
+
+
+def test_every_kind_of_first_instruction(host: Host, targets: Targets) -> None:
+    """The target compares the whole register file, the flags and memory with what they were unprobed."""
+    program = targets.build("prologues")
+    with targets.run("prologues") as child:
+        names = child.ask("list").split()[1:]
+        refused, armed = {}, []
+        for name in names:
+            probe = host.register(host.files.plan(program, name), probe=name, pid=child.pid)
+            (target,) = probe.targets
+            if target.state == "refused":
+                refused[name] = target.reason
+                continue
+            before = fields(child.ask("count"))[name.removeprefix("p_")]
+            assert fields(child.ask(f"run {name} 3"))["wrong"] == 0, child.ask("why")
+            after = fields(child.ask("count"))[name.removeprefix("p_")]
+            assert probe.hits == after - before, name
+            armed.append(name)
+            probe.unregister()
+            assert fields(child.ask(f"run {name} 1"))["wrong"] == 0, child.ask("why")
+        assert set(refused.values()) <= {"CannotDisplace"}, refused
+        assert refused.keys() <= {"p_syscall_getpid", "p_cpuid"}, "only what enters the kernel is refused"
+        assert len(armed) >= 25
+
+
+def test_children_of_every_kind(host: Host, targets: Targets) -> None:
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        probe = host.register(host.files.plan(program, "target_forks"))
+        for kind in ("fork", "vfork", "spawn", "clone", "thread", "call"):
+            before, hits = child.count()["done"], probe.hits
+            child.ask(f"{kind} 20")
+            assert child.count()["done"] - before == 20
+            assert probe.hits - hits == 20, kind
+        assert child.count()["failed"] == 0
+        probe.unregister()
+
+
+def test_children_outside_the_selector_are_clean(host: Host, targets: Targets) -> None:
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        probe = host.register(host.files.plan(program, "target_forks"), pid=child.pid)
+        held = int(child.ask("hold 50").split()[-1])
+        assert altered_bytes(held, [program]) == {}
+        child.ask("go")
+        child.ask("call 5")
+        assert probe.hits == 5
+        assert child.count()["failed"] == 0
+
+
+def test_storm_of_children_while_registering(host: Host, targets: Targets) -> None:
+    program = targets.build("forks")
+    plan = host.files.plan(program, "target_forks")
+    with targets.run("forks") as child:
+        child.ask("storm")
+        for cycle in range(20):
+            host.register(plan, probe=f"p{cycle}")
+            host.unregister(f"p{cycle}")
+        probe = host.register(plan, probe="last")
+        start = child.count()
+        child.ask("call 10")
+        child.ask("calm")
+        end = child.count()
+        assert end["failed"] == 0, "a child died"
+        assert probe.hits >= end["done"] - start["begun"] > 0
+        host.unregister("last")
+
+
+@pytest.mark.parametrize("command", ["exec", "exec-thread"])
+def test_exec_drops_the_old_image_and_arms_the_new(host: Host, targets: Targets, command: str) -> None:
+    program = targets.build("execs")
+    with targets.run("execs") as child:
+        probe = host.register(host.files.plan(program, "target_execs"), pid=child.pid)
+        child.ask("call 10")
+        child.send(command)
+        child.wait_for("ready")
+        child.ask("call 10")
+        count = child.count()
+        assert probe.hits == count["done"] == 20
+        assert count["wrong"] == 0
+        assert {t.cause for t in probe.targets if t.state == "armed"} == {"exec"}
+        assert not any(t.may_have_missed for t in probe.targets)
+
+
+def test_library_opened_later_is_armed_before_it_runs(host: Host, targets: Targets) -> None:
+    library = targets.library()
+    with targets.run("dl", library) as child:
+        probe = host.register(host.files.plan(library, "dlfn"), pid=child.pid)
+        assert probe.targets == []
+        child.ask("open")
+        child.ask("call 10")
+        child.ask("close")
+        child.ask("cycle 20 3")
+        count = child.count()
+        assert probe.hits == count["done"] == 70
+        assert count["wrong"] == 0
+        assert not any(t.may_have_missed for t in probe.targets)
+
+
+def test_blocking_calls_are_not_interrupted(host: Host, targets: Targets) -> None:
+    program = targets.build("blocking")
+    plan = host.files.plan(program, "target_blocking")
+    with targets.run("blocking") as child:
+        for cycle in range(10):
+            probe = host.register(plan, probe=f"p{cycle}", pid=child.pid)
+            child.ask("call 5")
+            child.ask("wake")
+            probe.unregister()
+            host.reconcile(child.pid)
+        count = child.count()
+        assert count["eintr"] == 0
+        assert count["failed"] == 0
+
+
+def test_signals_see_the_programs_own_addresses(host: Host, targets: Targets) -> None:
+    program = targets.build("signals")
+    with targets.run("signals", "4") as child:
+        probe = host.register(
+            [host.files.plan(program, s, i) for i, s in enumerate(("target_push", "target_imul", "target_inner"))],
+            pid=child.pid,
+        )
+        child.ask("start")
+        while child.count()["handled"] < 2000:
+            pass
+        child.ask("stop", timeout=60)
+        count = child.count()
+        assert count["outside"] == 0, "a handler saw an instruction pointer inside a slot"
+        assert count["wrong"] == 0
+        assert count["sent"] == count["handled"]
+        assert probe.hits == count["done"] + count["inner"]
+
+
+def test_own_sigtrap_handler_is_kept(host: Host, targets: Targets) -> None:
+    with targets.run("sigstate", "handler") as child:
+        probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
+        child.ask("call 10")
+        child.ask("trap 5")
+        child.ask("raise 5")
+        child.ask("call 10")
+        count = child.count()
+        assert probe.hits == 20
+        assert (count["traps"], count["raised"], count["strange"], count["wrong"]) == (5, 5, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["default", "blocked"])
+def test_signal_state_is_kept(host: Host, targets: Targets, mode: str) -> None:
+    with targets.run("sigstate", mode) as child:
+        before = child.ask("state")
+        probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
+        child.ask("call 10")
+        assert probe.hits == 10
+        probe.unregister()
+        assert child.ask("state") == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("ignored", "SigtrapIgnored"), ("blocked-handler", "SigtrapBlockedAndCaught")]
+)
+def test_signal_state_that_could_not_be_kept_is_refused(host: Host, targets: Targets, mode: str, reason: str) -> None:
+    with targets.run("sigstate", mode) as child, untouched(child.pid):
+        before = child.ask("state")
+        probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
+        assert [(t.state, t.reason) for t in probe.targets] == [("refused", reason)]
+        child.ask("call 10")
+        assert probe.hits == 0
+        assert child.ask("state") == before
+        probe.unregister()
+        host.engine.close()
+
+
+@needs.gdb
+def test_process_of_another_debugger_is_refused(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "1") as child:
+        with Child(["gdb", "-nx", "-q", "-p", str(child.pid)], ready=None) as gdb:
+            while not _traced(child.pid):
+                assert gdb.alive(), gdb.obituary()
+            probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
+            assert [(t.state, t.reason) for t in probe.targets] == [("refused", "TracedByOther")]
+            assert "gdb" in probe.targets[0].message
+        assert altered_bytes(child.pid, [program]) == {}
+
+
+def _traced(pid: int) -> bool:
+    return "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_changed_code_is_refused(host: Host, targets: Targets) -> None:
+    """The instruction is taken from the file; memory that differs is somebody else's doing (semantics R14)."""
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "1") as child:
+        address = int(subprocess.check_output(["nm", program], text=True).split(" T target_six")[0].split()[-1], 16)
+        base = min(int(line.split("-")[0], 16) for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines())
+        with open(f"/proc/{child.pid}/mem", "r+b", 0) as memory:
+            memory.seek(base + address)
+            memory.write(b"\xcc")
+        six = host.files.plan(program, "target_six", 1)
+        probe = host.register([plan, six], pid=child.pid)
+        states = {t.site: (t.state, t.reason) for t in probe.targets}
+        assert states == {0: ("armed", ""), 1: ("refused", "BreakpointPresent")}, "one bad site never hides another"
+        child.ask("call 3")
+        assert probe.hits == 3
+
+
+def test_targets_killed_while_registering(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    for cycle in range(10):
+        children = [Child([program, "2"]) for _ in range(4)]
+        try:
+            for child in children[::2]:
+                child.popen.kill()
+            probe = host.register(plan, probe=f"p{cycle}")
+            assert {t.pid for t in probe.targets if t.state == "armed"} <= {c.pid for c in children}
+            for child in children[1::2]:
+                child.ask("call 2")
+            assert probe.hits == 4
+            probe.unregister()
+        finally:
+            for child in children:
+                child.kill()
+
+
+def test_limit_ends_recording(host: Host, targets: Targets) -> None:
+    with targets.run("hot", "1") as child:
+        probe = host.register(host.files.plan(targets.build("hot"), "target_hot"), max_hits=5, pid=child.pid)
+        child.ask("call 20")
+        assert (probe.hits, probe.ring.limited) == (5, 15)
+
+
+_SHELL = """
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.argv[1], "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print("ready", child.pid, flush=True)
+for line in sys.stdin:
+    if line == "jobs\\n":
+        child.send_signal(signal.SIGSTOP)
+        stopped = os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        child.send_signal(signal.SIGCONT)
+        print(stopped, os.WIFCONTINUED(os.waitpid(child.pid, os.WCONTINUED)[1]), flush=True)
+    else:
+        child.stdin.write(line)
+        child.stdin.flush()
+        print(child.stdout.readline(), end="", flush=True)
+"""
+
+
+def test_job_control_is_as_without(host: Host, targets: Targets) -> None:
+    """The target's parent sees it stop and continue. (A process of its own: waiting would steal our tracees' stops.)"""
+    program = targets.build("hot")
+    with python(_SHELL, str(program)) as shell:
+        pid = int(shell.ready_line.split()[1])
+        probe = host.register(host.files.plan(program, "target_hot"), pid=pid)
+        for _ in range(5):
+            assert shell.ask("jobs") == "True True"
+            shell.ask("call 4")
+        assert probe.hits == 20
+        probe.unregister()
+
+
+def test_dropped_hits_are_counted(host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trapline_agent.engines.ring.ROWS", 8)
+    monkeypatch.setattr("trapline_agent.engines.ring.CHUNKS", 2)
+    with targets.run("hot", "1") as child:
+        probe = host.register(host.files.plan(targets.build("hot"), "target_hot"), pid=child.pid)
+        child.ask("call 100")
+    batches = probe.batches()
+    delivered = sum(b.header.count for b in batches)
+    assert probe.hits == 100 == delivered + sum(probe.ring.drops.values())
+    assert batches[0].header.drops == probe.ring.drops
+    assert batches[0].header.seq == 100 - delivered
