@@ -22,7 +22,7 @@ import asyncio
 import os
 import struct
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -151,38 +151,58 @@ def _create(action: str, body: ProbeCreate, model: type[M]) -> Exchange[M]:
     return _read(model, (yield Request("POST", action, body=body)))
 
 
-def _wait(probe: str, phases: Sequence[Phase], timeout: float) -> Exchange[Probe]:
+def _pauses(timeout: float) -> Iterator[Pause]:
+    """Yields ever longer pauses, until they sum up to ``timeout`` seconds."""
     pause, waited = 0.02, 0.0
-    while True:
-        now = _read(Probe, (yield Request("GET", f"/probes/{_segment(probe)}")))
-        if now.status.phase in phases:
-            return now
-        if waited >= timeout:
-            raise Unavailable(
-                f"probe {now.name} is still {now.status.phase} after {timeout:g} s",
-                hint="see its conditions with `trapline probe show`",
-            )
+    while waited < timeout:
         yield Pause(pause)
         waited += pause
         pause = min(2 * pause, 0.5)
 
 
+def _wait_for(probe: str, true: Callable[[Probe], bool], timeout: float) -> Exchange[Probe]:
+    pauses = _pauses(timeout)
+    while True:
+        now = _read(Probe, (yield Request("GET", f"/probes/{_segment(probe)}")))
+        if true(now):
+            return now
+        if (pause := next(pauses, None)) is None:
+            raise Unavailable(
+                f"probe {now.name} is still {now.status.phase}, with {now.status.counters.hits} hits, after {timeout:g} s",
+                hint="see its conditions with `trapline probe show`",
+            )
+        yield pause
+
+
+def _settled(probe: Probe) -> bool:
+    return probe.status.phase in _SETTLED
+
+
+def _wait_host(host: str, timeout: float) -> Exchange[Host]:
+    pauses = _pauses(timeout)
+    while True:
+        for found in (yield from _all(Host, "/hosts")):
+            if found.online and host in ("", found.id, found.facts.name):
+                return found
+        if (pause := next(pauses, None)) is None:
+            raise Unavailable(f"{f'{host} is not' if host else 'no host is'} online after {timeout:g} s")
+        yield pause
+
+
 def _delete(probe: str, wait: bool, timeout: float) -> Exchange[Probe]:
     last = _read(Probe, (yield Request("DELETE", f"/probes/{_segment(probe)}")))
-    pause, waited = 0.02, 0.0
+    pauses = _pauses(timeout)
     while wait:
         try:
             last = _read(Probe, (yield Request("GET", f"/probes/{_segment(last.id)}")))
         except NotFound:
             break
-        if waited >= timeout:
+        if (pause := next(pauses, None)) is None:
             raise Unavailable(
                 f"probe {last.name} is not out of every process after {timeout:g} s",
                 hint="a host may be offline; the service goes on by itself",
             )
-        yield Pause(pause)
-        waited += pause
-        pause = min(2 * pause, 0.5)
+        yield pause
     return last
 
 
@@ -208,8 +228,10 @@ def problem_error(response: httpx.Response) -> TraplineError:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
         text = f"{response.request.url} answered {response.status_code} {response.reason_phrase}"
-        return AuthError(text) if response.status_code in (401, 403) else ProtocolError(
-            text, hint="is a Trapline service there?"
+        return (
+            AuthError(text)
+            if response.status_code in (401, 403)
+            else ProtocolError(text, hint="is a Trapline service there?")
         )
     text, _, mark = problem.caret.partition("\n")
     fields: dict[str, Any] = {
@@ -397,9 +419,17 @@ class Client(_Base):
         """Returns a probe by id or name."""
         return self._run(_one(Probe, Request("GET", f"/probes/{_segment(probe)}")))
 
-    def wait(self, probe: str, phases: Sequence[Phase] = _SETTLED, *, timeout: float = 30.0) -> Probe:
-        """Waits until a probe is in one of these phases; by default, until its hosts have said how it went."""
-        return self._run(_wait(probe, phases, timeout))
+    def wait(self, probe: str, *, timeout: float = 30.0) -> Probe:
+        """Waits until a probe's hosts have said how it went; returns it then."""
+        return self._run(_wait_for(probe, _settled, timeout))
+
+    def wait_for(self, probe: str, true: Callable[[Probe], bool], *, timeout: float = 30.0) -> Probe:
+        """Waits until something is true of a probe; returns it then. Raises Unavailable when it takes too long."""
+        return self._run(_wait_for(probe, true, timeout))
+
+    def wait_host(self, host: str = "", *, timeout: float = 30.0) -> Host:
+        """Waits until a host (its name or id; empty: any) is online; returns it then. Raises Unavailable as ``wait_for``."""
+        return self._run(_wait_host(host, timeout))
 
     def delete_probe(self, probe: str, *, wait: bool = True, timeout: float = 30.0) -> Probe:
         """Deletes a probe; with ``wait`` it returns when its breakpoints are out on every online host."""
@@ -425,9 +455,7 @@ class Client(_Base):
         except (OSError, TimeoutError, InvalidHandshake, ConnectionClosed) as e:
             raise self._unreachable(e) from e
 
-    def stream(
-        self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None
-    ) -> Iterator[Hit | Gap]:
+    def stream(self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None) -> Iterator[Hit | Gap]:
         """Yields hits as they come, of these probes (ids or names; None: all); a ``Gap`` says how many are missing."""
         for item in self.batches(probes, hosts):
             if isinstance(item, Gap):
@@ -517,8 +545,14 @@ class AsyncClient(_Base):
     async def probe(self, probe: str) -> Probe:
         return await self._run(_one(Probe, Request("GET", f"/probes/{_segment(probe)}")))
 
-    async def wait(self, probe: str, phases: Sequence[Phase] = _SETTLED, *, timeout: float = 30.0) -> Probe:
-        return await self._run(_wait(probe, phases, timeout))
+    async def wait(self, probe: str, *, timeout: float = 30.0) -> Probe:
+        return await self._run(_wait_for(probe, _settled, timeout))
+
+    async def wait_for(self, probe: str, true: Callable[[Probe], bool], *, timeout: float = 30.0) -> Probe:
+        return await self._run(_wait_for(probe, true, timeout))
+
+    async def wait_host(self, host: str = "", *, timeout: float = 30.0) -> Host:
+        return await self._run(_wait_host(host, timeout))
 
     async def delete_probe(self, probe: str, *, wait: bool = True, timeout: float = 30.0) -> Probe:
         return await self._run(_delete(probe, wait, timeout))

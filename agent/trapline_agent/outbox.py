@@ -92,9 +92,7 @@ class Outbox:
             self._resend -= 1
             return item
         # One batch may always fly, however large, or it would wait for ever.
-        if not self._waiting or (
-            self._flight and self._flight_bytes + len(self._waiting[0]) > self._capacity // 2
-        ):
+        if not self._waiting or (self._flight and self._flight_bytes + len(self._waiting[0]) > self._capacity // 2):
             return None
         batch = self._waiting.popleft()
         self._waiting_bytes -= len(batch)

@@ -30,6 +30,9 @@ import pytest
 LEDGER = Path(__file__).resolve().parent.parent.parent / "docs" / "skips.md"
 
 
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
 @dataclass(frozen=True)
 class Need:
     """One requirement; ``probe`` returns why it is missing, or an empty string."""
@@ -93,6 +96,12 @@ def gdb() -> str:
 @_need("binutils", "apt-get install binutils")
 def binutils() -> str:
     return _runs("readelf", "--version") or _runs("strip", "--version")
+
+
+@_need("sqlite", "apt-get install python3")
+def sqlite() -> str:
+    """A Python of the system's whose sqlite3 module uses the shared library; a Python in a virtual environment may not."""
+    return _runs(SYSTEM_PYTHON, "-c", "import sqlite3; 'libsqlite3.so.0' in open('/proc/self/maps').read() or 1/0")
 
 
 @_need("redis", "apt-get install redis-server redis-tools")

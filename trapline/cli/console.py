@@ -30,11 +30,15 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one document a line where there are several.")]
 Url = Annotated[
     str | None,
-    typer.Option("--url", envvar="TRAPLINE_URL", help="The service [default: the one on this machine].", show_default=False),
+    typer.Option(
+        "--url", envvar="TRAPLINE_URL", help="The service [default: the one on this machine].", show_default=False
+    ),
 ]
 Token = Annotated[
     str | None,
-    typer.Option("--token", envvar="TRAPLINE_TOKEN", help="Its token [default: this machine's own].", show_default=False),
+    typer.Option(
+        "--token", envvar="TRAPLINE_TOKEN", help="Its token [default: this machine's own].", show_default=False
+    ),
 ]
 
 

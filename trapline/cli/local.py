@@ -26,11 +26,10 @@ S = TypeVar("S")
 Port = Annotated[
     int | None, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one [default: 8470].", show_default=False)
 ]
-Host = Annotated[
-    str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].", show_default=False)
-]
+Host = Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].", show_default=False)]
 StateDir = Annotated[
-    Path | None, typer.Option(help="Where it is kept [default: $TRAPLINE_STATE_DIR or the usual place].", show_default=False)
+    Path | None,
+    typer.Option(help="Where it is kept [default: $TRAPLINE_STATE_DIR or the usual place].", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print what a program needs to connect as one line of JSON.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log more.")]
@@ -55,7 +54,9 @@ def _service_settings(**options: object) -> Settings:
 
 
 def _no_server(error: ModuleNotFoundError) -> TraplineError:
-    return Unavailable(f"the service's dependencies are not installed ({error.name})", hint="pip install 'trapline[server]'")
+    return Unavailable(
+        f"the service's dependencies are not installed ({error.name})", hint="pip install 'trapline[server]'"
+    )
 
 
 def _server_class() -> type[Server]:

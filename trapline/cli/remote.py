@@ -167,7 +167,10 @@ def hits(
                 if json:
                     print_json({"gap" if isinstance(item, Gap) else "hit": item.model_dump(mode="json")})
                 elif isinstance(item, Gap):
-                    print(f"... {item.count:,} hits of {names.get(item.probe, item.probe)} lost ({item.stage})", flush=True)
+                    print(
+                        f"... {item.count:,} hits of {names.get(item.probe, item.probe)} lost ({item.stage})",
+                        flush=True,
+                    )
                 else:
                     if item.probe not in names:
                         names |= _name_of(client, item.probe)

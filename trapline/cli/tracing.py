@@ -18,7 +18,9 @@ def trace(
             help="The probe, such as 'libc.so.6:malloc {arg0}' (unless given with -e), and a command to trace.",
         ),
     ] = None,
-    probes: Annotated[list[str] | None, typer.Option("-e", "--probe", help="A probe; may be given several times.")] = None,
+    probes: Annotated[
+        list[str] | None, typer.Option("-e", "--probe", help="A probe; may be given several times.")
+    ] = None,
     pid: Annotated[int | None, typer.Option("-p", "--pid", min=1, help="Only in this process.")] = None,
     name: Annotated[str, typer.Option(help="Only in processes of such a name, a shell pattern.")] = "",
     max_hits: Annotated[int | None, typer.Option("-n", "--max-hits", min=1, help="End after so many hits.")] = None,

@@ -47,7 +47,9 @@ class Peer:
     async def say(self, message: Model) -> None:
         await self.connection.send(m.encode(message))
 
-    async def welcome(self, *, last_link_seq: int = 0, heartbeat_s: float = 10.0, pid: int = 1, boot: str = "b") -> m.Hello:
+    async def welcome(
+        self, *, last_link_seq: int = 0, heartbeat_s: float = 10.0, pid: int = 1, boot: str = "b"
+    ) -> m.Hello:
         hello = await self.next(m.Hello)
         assert isinstance(hello, m.Hello)
         await self.say(

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+
 from tests.unit.agent.batches import batch
 from tests.unit.agent.service_peer import TIMEOUT_S, Peer, ServicePeer, service_peer
-
 from trapline.errors import AuthError, NotFound, ProtocolError
 from trapline.model import HostFacts
 from trapline.protocol import messages as m

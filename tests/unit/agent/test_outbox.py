@@ -6,8 +6,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.unit.agent.batches import batch
 
+from tests.unit.agent.batches import batch
 from trapline.protocol import hits
 from trapline_agent.outbox import STAGE, Drop, Outbox
 

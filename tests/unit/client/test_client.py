@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
-from tests.unit.agent.batches import batch
 from websockets.sync.server import ServerConnection, serve
 
+from tests.unit.agent.batches import batch
 from trapline import client as client_module
 from trapline.client import AsyncClient, Client, Gap
 from trapline.errors import AuthError, NotFound, ProtocolError, SpecError, TraplineError, Unavailable
@@ -252,7 +252,9 @@ class Stream:
     def __init__(self, frames: list[str | bytes]) -> None:
         self.frames = frames
         self.asked: list[s.Subscribe] = []
-        self._server = serve(self._serve, "127.0.0.1", 0, subprotocols=[client_module.Subprotocol(s.BINARY_SUBPROTOCOL)])
+        self._server = serve(
+            self._serve, "127.0.0.1", 0, subprotocols=[client_module.Subprotocol(s.BINARY_SUBPROTOCOL)]
+        )
         self.url = f"http://127.0.0.1:{self._server.socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()

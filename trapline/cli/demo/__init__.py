@@ -229,12 +229,13 @@ class Demo:
     @staticmethod
     async def _settled(client: AsyncClient, watched: Watched) -> Probe:
         """Returns a probe when its last counters have come; they do so once a second."""
-        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
-        while True:
-            probe = await client.probe(watched.probe.id)
-            if probe.status.counters.hits >= (watched.own_count or 0) or time.monotonic() > deadline:
-                return probe
-            await asyncio.sleep(0.1)
+        own = watched.own_count or 0
+        try:
+            return await client.wait_for(
+                watched.probe.id, lambda probe: probe.status.counters.hits >= own, timeout=_SETTLE_TIMEOUT_S
+            )
+        except Unavailable:
+            return await client.probe(watched.probe.id)
 
     def _summary(self) -> None:
         documents, table = [], []

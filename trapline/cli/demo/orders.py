@@ -12,7 +12,15 @@ import sys
 import time
 
 CUSTOMERS = ("Ada", "Grace", "Edsger", "Barbara", "Donald", "Frances", "Alan", "Margaret")
-GOODS = ("tea", "paper", "ink", "a lamp", "two chairs", "string, 40 m", "a very long rope that nobody has ever measured")
+GOODS = (
+    "tea",
+    "paper",
+    "ink",
+    "a lamp",
+    "two chairs",
+    "string, 40 m",
+    "a very long rope that nobody has ever measured",
+)
 
 
 def main(ready: str, report: str) -> None:

@@ -69,7 +69,10 @@ def _orders(directory: Path) -> tuple[Program | None, str]:
 
 def _uses_the_library(python: str) -> bool:
     try:
-        return subprocess.run([python, "-c", _ASK, _LIBRARY], timeout=_BUILD_TIMEOUT_S, capture_output=True).returncode == 0
+        return (
+            subprocess.run([python, "-c", _ASK, _LIBRARY], timeout=_BUILD_TIMEOUT_S, capture_output=True).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
