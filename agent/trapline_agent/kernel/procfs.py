@@ -112,3 +112,28 @@ def whereabouts(pid: int, tid: int) -> Whereabouts:
     if number in _EXECS:
         return Whereabouts.EXECUTING
     return Whereabouts.BLOCKED if number >= 0 else Whereabouts.STOPPED
+
+
+_CLONE_VFORK = 0x4000
+
+
+def waits_for_vfork(pid: int, tid: int, memory: int) -> bool:
+    """Whether a thread is blocked in a vfork, or a clone with CLONE_VFORK: it goes on when its child has gone or exec'd.
+
+    Args:
+        pid: the process.
+        tid: the thread.
+        memory: descriptor of its /proc/PID/mem, where clone3 has its flags (clone(2), struct clone_args).
+    """
+    fields = read(f"/proc/{pid}/task/{tid}/syscall").split()
+    if not fields[0].isdigit():
+        return False
+    number = int(fields[0])
+    if number == _SYS_CLONE:
+        return bool(int(fields[1], 16) & _CLONE_VFORK)
+    if number == _SYS_CLONE3:
+        try:
+            return bool(int.from_bytes(os.pread(memory, 8, int(fields[1], 16)), "little") & _CLONE_VFORK)
+        except OSError:
+            return False
+    return number == _SYS_VFORK

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP, RSP
 from trapline_agent.engines.base import ProcessId, SiteReport
-from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.group import SETTLE_S, Group
+from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
-from trapline_agent.kernel.procfs import Whereabouts
 
 if TYPE_CHECKING:
     from trapline_agent.engines.ptrace.engine import PtraceEngine
@@ -39,14 +40,6 @@ T = TypeVar("T")
 DOORBELL = signal.SIGUSR1
 _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
-_FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
-_ALL_SIGNALS = 2**64 - 1
-_TRAP_BIT = 1 << (signal.SIGTRAP - 1)
-_SETTLE_S = 1.0
-_LOOKS = 20
-"""Looks at a running thread before it is interrupted: most block in between, and then need not be."""
-_STEPS = 8
-"""Single steps out of a slot; only a repeated string instruction takes more."""
 _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
 
@@ -98,8 +91,8 @@ class TraceThread(threading.Thread):
         self._waiter = ptrace.Waiter()
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
-        self._processes: dict[int, TracedProcess] = {}
-        self._threads: dict[int, Thread] = {}
+        self._stepper = Stepper(self._registers, self._waiter)
+        self._group = Group(self._waiter, self._handle, lambda process: engine.adopted(process, self))
         self._fork_parents: dict[int, int] = {}
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
@@ -140,7 +133,7 @@ class TraceThread(threading.Thread):
                 if tid > 0:
                     self._handle(tid, status)
                 elif tid < 0:
-                    for process in list(self._processes.values()):
+                    for process in list(self._group.processes.values()):
                         self._forget(process, None)
                     if not self._finished():
                         self._wake.wait()
@@ -155,7 +148,7 @@ class TraceThread(threading.Thread):
                 self._ended = True
                 rest = list(self._commands)
                 self._commands.clear()
-            for process in list(self._processes.values()):
+            for process in list(self._group.processes.values()):
                 self._forget(process, None)
             for command in rest:
                 command.fail(Ended())
@@ -173,7 +166,7 @@ class TraceThread(threading.Thread):
     def _expects_children(self) -> bool:
         """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
         for tid in list(self._fork_parents):
-            if not os.path.exists(f"/proc/{tid}") or tid in self._threads:
+            if not os.path.exists(f"/proc/{tid}") or tid in self._group.threads:
                 del self._fork_parents[tid]
         return bool(self._fork_parents)
 
@@ -188,14 +181,14 @@ class TraceThread(threading.Thread):
 
     def _emergency(self) -> None:
         """Takes every byte out, whatever else is wrong."""
-        for process in self._processes.values():
+        for process in self._group.processes.values():
             for site in list(process.memory.sites.values()):
                 process.memory.disarm(site, mapped=True)
 
     def _handle(self, tid: int, status: int) -> None:
         """Serves one change of state. A failure here must not leave a thread stopped."""
         try:
-            if status == _SIGTRAP_STOP and (thread := self._threads.get(tid)) is not None:
+            if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
                 self._trap(thread)
             else:
                 self._other(tid, status)
@@ -220,16 +213,7 @@ class TraceThread(threading.Thread):
             self._foreign_trap(thread, addr)
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
-        words[RIP] = addr
-        if site.slot:
-            ptrace.poke_user(tid, 8 * RIP, site.slot)
-        elif site.next_ip is not None:
-            ptrace.poke_user(tid, 8 * RIP, site.next_ip(words))
-        else:
-            self._compute(thread, site)
-            words[RIP] = addr
-        if thread.blocked:
-            self._block_again(thread)
+        self._stepper.leave_trap(thread, site)
         if thread.uncounted is not None and thread.uncounted == (addr, words[RSP]):
             thread.uncounted = None
         else:
@@ -245,23 +229,6 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
-
-    def _block_again(self, thread: Thread) -> None:
-        """Puts SIGTRAP back among the blocked signals, as long as the program left the others as they were."""
-        if ptrace.signal_mask(thread.tid) | _TRAP_BIT == thread.blocked:
-            ptrace.set_signal_mask(thread.tid, thread.blocked)
-        else:
-            thread.blocked = 0
-
-    def _compute(self, thread: Thread, site: Site) -> None:
-        """Runs an instruction that has neither slot nor a mere jump's effect. Sinks see the registers before it."""
-        before = self._words.tolist()
-        if site.step.computed is not None:
-            site.step.computed(self._words)
-            self._words[RIP] = site.addr + site.step.length
-            self._registers.store(thread.tid)
-        for i, value in enumerate(before):
-            self._words[i] = value
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -285,7 +252,7 @@ class TraceThread(threading.Thread):
     # --- everything else ---------------------------------------------------------------------------------------------
 
     def _other(self, tid: int, status: int) -> None:
-        thread = self._threads.get(tid)
+        thread = self._group.threads.get(tid)
         if not os.WIFSTOPPED(status):
             self._ended_task(tid, thread, status)
             return
@@ -303,20 +270,21 @@ class TraceThread(threading.Thread):
                     self._detach(thread, 0)
                 else:
                     ptrace.listen(tid)
+            elif later := self._stepper.leave_slot(thread):
+                self._other(tid, later)
             else:
-                if self._leave_slot(thread):
-                    self._resume(thread)
+                self._resume(thread)
         elif event == ptrace.PTRACE_EVENT_EXEC:
             self._execed(tid)
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
-                if child not in self._threads:
+                if child not in self._group.threads:
                     self._fork_parents[child] = thread.process.id.pid
             self._resume(thread)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
-        self._threads.pop(tid, None)
+        self._group.threads.pop(tid, None)
         self._fork_parents.pop(tid, None)
         if thread is None:
             return
@@ -331,16 +299,16 @@ class TraceThread(threading.Thread):
         fields = procfs.status(tid, "Tgid", "PPid")
         pid = int(fields["Tgid"])
         parent_pid = self._fork_parents.pop(tid, int(fields["PPid"]))
-        process = self._processes.get(pid)
+        process = self._group.processes.get(pid)
         if process is not None:
-            thread = self._threads[tid] = process.add(tid)
+            thread = self._group.threads[tid] = process.add(tid)
             thread.settled = True
             if process.memory.sites:
                 mask = ptrace.signal_mask(tid)
-                thread.blocked = mask if mask & _TRAP_BIT else 0
+                thread.blocked = mask if mask & TRAP_BIT else 0
             self._resume(thread)
             return
-        parent = self._processes.get(parent_pid) or self._likely_parent(pid)
+        parent = self._group.processes.get(parent_pid) or self._likely_parent(pid)
         if parent is None:
             ptrace.detach(tid)
             return
@@ -348,7 +316,7 @@ class TraceThread(threading.Thread):
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
-        for process in self._processes.values():
+        for process in self._group.processes.values():
             if process.memory.sites:
                 probe = AddressSpace(pid)
                 try:
@@ -356,7 +324,7 @@ class TraceThread(threading.Thread):
                         return process
                 finally:
                     probe.close()
-        return next(iter(self._processes.values()), None)
+        return next(iter(self._group.processes.values()), None)
 
     def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
         try:
@@ -372,24 +340,24 @@ class TraceThread(threading.Thread):
         thread = self._include(child, tid)
         thread.settled = True
         mask = ptrace.signal_mask(tid)
-        thread.blocked = mask if mask & _TRAP_BIT else 0
+        thread.blocked = mask if mask & TRAP_BIT else 0
         self._reconcile(child, "fork", parent.id)
         self._let_go_if_idle(child)
         self._resume(thread)
 
     def _include(self, process: TracedProcess, tid: int) -> Thread:
-        self._processes[process.id.pid] = process
-        thread = self._threads[tid] = process.add(tid)
+        self._group.processes[process.id.pid] = process
+        thread = self._group.threads[tid] = process.add(tid)
         self._engine.adopted(process, self)
         return thread
 
     def _execed(self, tid: int) -> None:
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2)."""
-        process = self._threads[tid].process
+        process = self._group.threads[tid].process
         for other in list(process.threads):
             if other != tid:
                 process.drop(other)
-                self._threads.pop(other, None)
+                self._group.threads.pop(other, None)
         thread = process.threads[tid]
         thread.settled = True
         thread.uncounted = None
@@ -412,8 +380,8 @@ class TraceThread(threading.Thread):
     def _forget(self, process: TracedProcess, status: int | None) -> None:
         for tid in list(process.threads):
             process.drop(tid)
-            self._threads.pop(tid, None)
-        self._processes.pop(process.id.pid, None)
+            self._group.threads.pop(tid, None)
+        self._group.processes.pop(process.id.pid, None)
         process.memory.close()
         self._engine.forgot(process, status)
 
@@ -429,108 +397,19 @@ class TraceThread(threading.Thread):
         ptrace.detach(thread.tid, sig)
         process = thread.process
         process.drop(thread.tid)
-        self._threads.pop(thread.tid, None)
+        self._group.threads.pop(thread.tid, None)
         if not process.threads:
             self._forget(process, None)
 
+    # --- commands ----------------------------------------------------------------------------------------------------
+
     def _deliver(self, thread: Thread, sig: int) -> None:
-        """Passes a signal on. With the ip inside a slot it is first brought to where the program believes it to be."""
-        memory = thread.process.memory
-        if not memory.slots:
+        """Passes a signal on; a handler never sees an address inside a slot."""
+        later = self._stepper.leave_slot(thread, sig)
+        if later == 0 or later == _SIGTRAP_STOP:
             self._resume(thread, sig)
-            return
-        registers, words = self._registers, self._words
-        registers.load(thread.tid)
-        inside = memory.slot_at(words[RIP])
-        if inside is None:
-            self._resume(thread, sig)
-            return
-        addr, site, slot = inside
-        original = slot.starts.get(words[RIP] - addr)
-        info = registers.signal_info(thread.tid)
-        is_fault = sig in _FAULTS and registers.signal_code(thread.tid) > 0
-        if original is not None and (is_fault or original[0] != site.addr):
-            words[RIP] = original[0]
-            words[RSP] += original[1]
-            registers.store(thread.tid)
-            if original[0] == site.addr:
-                thread.uncounted = (site.addr, words[RSP])
-            self._resume(thread, sig)
-            return
-        last = self._step_out(thread)
-        if last is None:
-            return
-        if last >> 16:
-            # It ended in another kind of stop, where no signal can be put in: send it again.
-            self._send(thread, sig)
-            self._other(thread.tid, last)
-            return
-        registers.set_signal_info(thread.tid, info)
-        self._resume(thread, sig)
-
-    def _leave_slot(self, thread: Thread) -> bool:
-        """Steps a stopped thread out of the slot that it may be in; False where it ended or was let go on already."""
-        memory = thread.process.memory
-        if not memory.slots:
-            return True
-        self._registers.load(thread.tid)
-        if memory.slot_at(self._words[RIP]) is None:
-            return True
-        last = self._step_out(thread)
-        if last is None:
-            return False
-        if last >> 16:
-            self._other(thread.tid, last)
-            return False
-        return True
-
-    def _step_out(self, thread: Thread) -> int | None:
-        """Single-steps a stopped thread until it is out of its slot, with signals blocked, so that those that are pending
-        stay so, in order and with what they carry.
-
-        Returns:
-            The wait status of the stop that it is in then; None where the thread ended.
-        """
-        tid, words = thread.tid, self._words
-        mask = ptrace.signal_mask(tid)
-        ptrace.set_signal_mask(tid, _ALL_SIGNALS & ~_TRAP_BIT)
-        stops: list[int] = []
-        inside = None
-        for _ in range(_STEPS):
-            ptrace.single_step(tid)
-            got, status = self._wait_for(tid)
-            if got <= 0 or not os.WIFSTOPPED(status):
-                self._ended_task(tid, thread, status)
-                return None
-            self._registers.load(tid)
-            if not status >> 16 and os.WSTOPSIG(status) != signal.SIGTRAP:
-                stops.append(os.WSTOPSIG(status))  # SIGSTOP, which cannot be blocked, or the instruction's own fault
-            inside = thread.process.memory.slot_at(words[RIP])
-            if inside is None:
-                break
-        if inside is not None:
-            # A repeated string instruction: its state is all in registers, so it can go on from the original.
-            addr, site, slot = inside
-            original = slot.starts.get(words[RIP] - addr)
-            if original is not None:
-                words[RIP] = original[0]
-                words[RSP] += original[1]
-                self._registers.store(tid)
-                thread.uncounted = (site.addr, words[RSP])
-        ptrace.set_signal_mask(tid, mask)
-        for stop in stops:
-            self._send(thread, stop)
-        return status
-
-    def _send(self, thread: Thread, sig: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            ptrace.thread_kill(thread.process.id.pid, thread.tid, sig)
-
-    def _wait_for(self, tid: int) -> tuple[int, int]:
-        while True:
-            got, status = self._waiter.wait(tid)
-            if got != 0:
-                return got, status
+        else:
+            self._other(thread.tid, later)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -542,174 +421,39 @@ class TraceThread(threading.Thread):
             ProcessLookupError: it is gone.
             TimeoutError: a thread stayed inside fork.
         """
-        process = self._processes.get(pid) or TracedProcess.open(pid)
+        process = self._group.processes.get(pid) or TracedProcess.open(pid)
         process.held = held
-        self._seize(process)
-        self._processes[pid] = process
+        self._group.seize(process)
+        self._group.processes[pid] = process
         self._engine.adopted(process, self)
         try:
             if not held:
-                self._settle_all(process)
+                self._group.settle_all(process)
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
             process.retry_at = 0.0
             raise
 
-    def _seize(self, process: TracedProcess) -> bool:
-        """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize."""
-        pid = process.id.pid
-        seized = False
-        while True:
-            new = [t for t in procfs.tasks(pid) if t not in process.threads]
-            if not new:
-                return seized
-            for tid in new:
-                try:
-                    ptrace.seize(tid)
-                except ProcessLookupError:
-                    if tid == pid:
-                        raise
-                    continue
-                except PermissionError:
-                    if tid == pid or procfs.tracer(tid) != self.native_id:
-                        raise
-                    continue  # a clone that the kernel attached for us: its first stop will tell
-                self._threads[tid] = process.add(tid)
-                seized = True
-            if procfs.start_time(pid) != process.id.start_time:
-                raise ProcessLookupError(f"process {pid} was replaced by another of that number")
-            if all(t in process.threads or self._is_ours(t) for t in procfs.tasks(pid)):
-                return seized
-
-    def _is_ours(self, tid: int) -> bool:
-        with contextlib.suppress(ProcessLookupError):
-            return procfs.tracer(tid) == self.native_id
-        return True
-
-    def _settle_all(self, process: TracedProcess) -> None:
-        """Settles a process that was just seized, with all that share its memory, and makes sure that the memory at hand is
-        the one that it has.
-
-        A descriptor of /proc/PID/mem that was opened before an exec leads to the old address space, which after a vfork is
-        the parent's. So it is opened after the seize, from which on an exec is reported, and all threads have to be seen
-        outside of execve once more after the sharers were looked for, with no exec in between.
-
-        Raises TimeoutError.
-        """
-        memory = process.memory
-        while True:
-            self._settle_group(memory)
-            if process.memory is memory and not memory.sites and not memory.slots:
-                memory.reopen(process.id.pid)
-            execs = process.execs
-            found = self._seize_sharers(process)
-            self._settle_group(memory)
-            if not found and process.execs == execs:
-                return
-            memory = process.memory
-
-    def _settle_group(self, memory: AddressSpace) -> None:
-        for process in self._sharers(memory):
-            if not self._settle(process):
-                raise TimeoutError(f"a thread of process {process.id.pid} stays inside fork, clone or execve")
-
-    def _settle(self, process: TracedProcess) -> bool:
-        """Waits until every thread was seen outside of fork and clone, and outside of traps and slots, since now.
-
-        A fork that began before the seize is not followed, and its child would inherit a byte written meanwhile. Blocked
-        threads are only looked at; running ones are interrupted after some looks.
-        """
-        pid = process.id.pid
-        for thread in process.threads.values():
-            thread.settled = thread.held
-        deadline = time.monotonic() + _SETTLE_S
-        looks = 0
-        while True:
-            pending = [t for t in process.threads.values() if not t.settled]
-            if not pending:
-                return True
-            for thread in pending:
-                try:
-                    place = procfs.whereabouts(pid, thread.tid)
-                except ProcessLookupError:
-                    thread.settled = True
-                    continue
-                except PermissionError:
-                    place = Whereabouts.STOPPED
-                if place is Whereabouts.BLOCKED:
-                    thread.settled = True
-                elif place is Whereabouts.FORKING:
-                    # Its child has the same address space and is followed: nothing untraced is on its way.
-                    thread.settled = looks > _LOOKS and (
-                        len(self._sharers(process.memory)) > 1 or self._seize_sharers(process)
-                    )
-                elif place is not Whereabouts.EXECUTING and looks > _LOOKS and not thread.interrupted:
-                    thread.interrupted = True
-                    with contextlib.suppress(ProcessLookupError):
-                        ptrace.interrupt(thread.tid)
-            while (change := self._waiter.wait(block=False))[0] > 0:
-                self._handle(*change)
-            if time.monotonic() > deadline:
-                return False
-            looks += 1
-            os.sched_yield() if looks <= _LOOKS else time.sleep(0.0002)
-
-    def _seize_sharers(self, process: TracedProcess) -> bool:
-        """Follows the processes that share this one's address space (vfork, CLONE_VM): they would meet our bytes untraced.
-
-        Only those that were made before the seize are looked for; later ones are followed by the kernel. Returns whether
-        there was a new one.
-        """
-        found = False
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit() or int(entry) in self._processes:
-                continue
-            pid = int(entry)
-            try:
-                if not ptrace.same_address_space(process.id.pid, pid):
-                    continue
-                self.join_process(pid, process.id.pid)
-                found = True
-            except OSError:
-                continue  # ended meanwhile, a kernel thread, or not ours to ask
-        return found
-
-    def join_process(self, pid: int, sharer: int) -> None:
-        """Follows a process that has the address space of one that is followed here. On this thread."""
-        memory = self._processes[sharer].memory
-        child = TracedProcess.open(pid, memory)
-        self._seize(child)
-        # An exec before the seize was not reported; after it, it will be.
-        if ptrace.same_address_space(pid, sharer):
-            memory.users += 1
-        else:
-            child.memory = AddressSpace(pid)
-        self._processes[pid] = child
-        self._engine.adopted(child, self)
-
-    def _sharers(self, memory: AddressSpace) -> list[TracedProcess]:
-        return [p for p in self._processes.values() if p.memory is memory]
-
     def reconcile(self, pid: int, cause: str) -> bool:
         """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
-        process = self._processes.get(pid)
+        process = self._group.processes.get(pid)
         if process is None:
             return False
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
-            for sharer in self._sharers(process.memory):
+            for sharer in self._group.sharers(process.memory):
                 sharer.released = False
-                seized |= self._seize(sharer)
-            if self._seize_sharers(process) or seized:
-                self._settle_all(process)
+                seized |= self._group.seize(sharer)
+            if self._group.seize_sharers(process) or seized:
+                self._group.settle_all(process)
         self._reconcile(process, cause)
         return True
 
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
-        if memory.users > 1 and self._sharers(memory)[:1] not in ([], [process]):
+        if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
             return
         try:
             wanted = self._observer.wanted(process.id, cause, parent)
@@ -757,14 +501,14 @@ class TraceThread(threading.Thread):
                 blocked, ignored, caught = procfs.signal_sets(thread.tid)
             except (ProcessLookupError, KeyError):
                 continue
-            thread.blocked = blocked if blocked & _TRAP_BIT else 0
-            if ignored & _TRAP_BIT:
+            thread.blocked = blocked if blocked & TRAP_BIT else 0
+            if ignored & TRAP_BIT:
                 return Unsupported(
                     f"process {pid} ignores SIGTRAP, and a breakpoint would make the kernel forget that",
                     reason="SigtrapIgnored",
                     hint="probe another process of the program, or stop it from ignoring SIGTRAP",
                 )
-            if thread.blocked and caught & _TRAP_BIT:
+            if thread.blocked and caught & TRAP_BIT:
                 return Unsupported(
                     f"process {pid} has a SIGTRAP handler and thread {thread.tid} blocks SIGTRAP: "
                     "a breakpoint would make the kernel forget the handler",
@@ -781,26 +525,30 @@ class TraceThread(threading.Thread):
 
     def _release_idle(self) -> None:
         """Lets go what nothing is wanted in any more; the thread ends when that is all."""
-        for process in list(self._processes.values()):
+        for process in list(self._group.processes.values()):
             if not process.lingering or process.released or time.monotonic() < process.retry_at:
                 continue
             memory = process.memory
-            sharers = self._sharers(memory)
-            settled = all(self._settle(p) for p in sharers)
+            sharers = self._group.sharers(memory)
+            settled = all(self._group.settle(p) for p in sharers)
             # Settling serves stops: a sharer may have taken on an image of its own meanwhile, or a new one have come.
-            now = self._sharers(memory)
+            now = self._group.sharers(memory)
             if settled and process.lingering and process in now and not memory.sites and set(now) <= set(sharers):
                 memory.wipe_slots()
                 for p in now:
                     p.lingering = p.released = True
             elif not settled:
-                process.retry_at = time.monotonic() + _SETTLE_S
+                process.retry_at = time.monotonic() + SETTLE_S
         with self._lock:
-            self._closing = all(p.released and not p.memory.sites for p in self._processes.values())
+            self._closing = all(p.released and not p.memory.sites for p in self._group.processes.values())
+
+    def join_process(self, pid: int, sharer: int) -> None:
+        """Follows a process that shares the address space of one that is followed here. On this thread."""
+        self._group.join(pid, sharer)
 
     def release(self, pid: int) -> None:
         """Lets a held command run. On this thread."""
-        process = self._processes.get(pid)
+        process = self._group.processes.get(pid)
         if process is None:
             raise Unsupported(f"process {pid} is not held", reason="NotHeld")
         process.held = False

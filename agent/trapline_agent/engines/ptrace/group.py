@@ -1,0 +1,194 @@
+"""The processes that one tracer thread follows, and how a process comes to be followed without being stopped.
+
+Three things could harm a process that is not followed with all it has to do with: a child of a fork that began before the
+seize inherits our bytes untraced; a process that shares the address space runs into them; a descriptor of its memory from
+before an exec leads to somebody else's. So before the first byte is written every thread has been seen where none of that
+can be on its way (semantics P5); that is called *settling* here.
+
+All methods run on the tracer thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.kernel.procfs import Whereabouts
+
+SETTLE_S = 2.0
+"""How long a process may take to settle."""
+_LOOKS = 20
+"""Looks at a running thread before it is interrupted: most block in between, and then need not be."""
+
+
+class Group:
+    """See the module."""
+
+    def __init__(
+        self,
+        waiter: ptrace.Waiter,
+        serve: Callable[[int, int], None],
+        adopted: Callable[[TracedProcess], None],
+    ) -> None:
+        """
+        Args:
+            waiter: of the tracer thread.
+            serve: handles (tid, wait status) of a stop that comes while settling.
+            adopted: told of each process that joined.
+        """
+        self._waiter = waiter
+        self._serve = serve
+        self._adopted = adopted
+        self.processes: dict[int, TracedProcess] = {}
+        self.threads: dict[int, Thread] = {}
+        """By tid, of all processes."""
+
+    def seize(self, process: TracedProcess) -> bool:
+        """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize."""
+        pid = process.id.pid
+        seized = False
+        while True:
+            new = [t for t in procfs.tasks(pid) if t not in process.threads]
+            if not new:
+                return seized
+            for tid in new:
+                try:
+                    ptrace.seize(tid)
+                except ProcessLookupError:
+                    if tid == pid:
+                        raise
+                    continue
+                except PermissionError:
+                    if tid == pid or procfs.tracer(tid) != threading.get_native_id():
+                        raise
+                    continue  # a clone that the kernel attached for us: its first stop will tell
+                self.threads[tid] = process.add(tid)
+                seized = True
+            if procfs.start_time(pid) != process.id.start_time:
+                raise ProcessLookupError(f"process {pid} was replaced by another of that number")
+            if all(t in process.threads or self.is_ours(t) for t in procfs.tasks(pid)):
+                return seized
+
+    def is_ours(self, tid: int) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            return procfs.tracer(tid) == threading.get_native_id()
+        return True
+
+    def settle_all(self, process: TracedProcess) -> None:
+        """Settles a process that was just seized, with all that share its memory, and makes sure that the memory at hand is
+        the one that it has.
+
+        A descriptor of /proc/PID/mem that was opened before an exec leads to the old address space, which after a vfork is
+        the parent's. So it is opened after the seize, from which on an exec is reported, and all threads have to be seen
+        outside of execve once more after the sharers were looked for, with no exec in between.
+
+        Raises TimeoutError.
+        """
+        memory = process.memory
+        while True:
+            self.settle_group(memory)
+            if process.memory is memory and not memory.sites and not memory.slots:
+                memory.reopen(process.id.pid)
+            execs = process.execs
+            found = self.seize_sharers(process)
+            self.settle_group(memory)
+            if not found and process.execs == execs:
+                return
+            memory = process.memory
+
+    def settle_group(self, memory: AddressSpace) -> None:
+        for process in self.sharers(memory):
+            if not self.settle(process):
+                raise TimeoutError(f"a thread of process {process.id.pid} stays inside fork, clone or execve")
+
+    def settle(self, process: TracedProcess) -> bool:
+        """Waits until every thread was seen outside of fork and clone, and outside of traps and slots, since now.
+
+        A fork that began before the seize is not followed, and its child would inherit a byte written meanwhile. Blocked
+        threads are only looked at; running and forking ones are interrupted after some looks.
+        """
+        pid = process.id.pid
+        for thread in process.threads.values():
+            thread.settled = thread.held
+        deadline = time.monotonic() + SETTLE_S
+        looks = 0
+        while True:
+            pending = [t for t in process.threads.values() if not t.settled]
+            if not pending:
+                return True
+            for thread in pending:
+                try:
+                    place = procfs.whereabouts(pid, thread.tid)
+                except ProcessLookupError:
+                    thread.settled = True
+                    continue
+                except PermissionError:
+                    place = Whereabouts.STOPPED
+                if place is Whereabouts.BLOCKED:
+                    thread.settled = True
+                elif looks <= _LOOKS or place is Whereabouts.EXECUTING:
+                    continue
+                elif place is Whereabouts.FORKING and self._is_followed_vfork(process, thread):
+                    thread.settled = True
+                elif not thread.interrupted:
+                    # A fork that is interrupted begins again by itself (kernel/fork.c: ERESTARTNOINTR).
+                    thread.interrupted = True
+                    with contextlib.suppress(ProcessLookupError):
+                        ptrace.interrupt(thread.tid)
+            while (change := self._waiter.wait(block=False))[0] > 0:
+                self._serve(*change)
+            if time.monotonic() > deadline:
+                return False
+            looks += 1
+            os.sched_yield() if looks <= _LOOKS else time.sleep(0.0002)
+
+    def _is_followed_vfork(self, process: TracedProcess, thread: Thread) -> bool:
+        """Whether a thread waits for its vfork's child, and that is followed: then nothing untraced is on its way."""
+        try:
+            if not procfs.waits_for_vfork(process.id.pid, thread.tid, process.memory.fd):
+                return False
+        except OSError:
+            return False
+        return len(self.sharers(process.memory)) > 1 or self.seize_sharers(process)
+
+    def seize_sharers(self, process: TracedProcess) -> bool:
+        """Follows the processes that share this one's address space (vfork, CLONE_VM): they would meet our bytes untraced.
+
+        Only those that were made before the seize are looked for; later ones are followed by the kernel. Returns whether
+        there was a new one.
+        """
+        found = False
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) in self.processes:
+                continue
+            pid = int(entry)
+            try:
+                if not ptrace.same_address_space(process.id.pid, pid):
+                    continue
+                self.join(pid, process.id.pid)
+                found = True
+            except OSError:
+                continue  # ended meanwhile, a kernel thread, or not ours to ask
+        return found
+
+    def join(self, pid: int, sharer: int) -> None:
+        """Follows a process that has the address space of one that is followed here."""
+        memory = self.processes[sharer].memory
+        child = TracedProcess.open(pid, memory)
+        self.seize(child)
+        # An exec before the seize was not reported; after it, it will be.
+        if ptrace.same_address_space(pid, sharer):
+            memory.users += 1
+        else:
+            child.memory = AddressSpace(pid)
+        self.processes[pid] = child
+        self._adopted(child)
+
+    def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
+        return [p for p in self.processes.values() if p.memory is memory]
