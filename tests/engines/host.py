@@ -19,6 +19,7 @@ from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.files import file_key_of
 from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer.messages import FetchPlan, Register, SitePlan, TargetState
+from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.table import Consumer, Table
 
 _LOADER = Path("/lib64/ld-linux-x86-64.so.2")
@@ -85,8 +86,7 @@ class Host:
         )
         consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
         self._consumers[probe] = consumer
-        for identity in {*self.table.candidates(), *self.engine.processes()}:
-            self.engine.reconcile(identity, "scan")
+        scan(self.table, self.engine, "scan")
         return Probe(self, consumer)
 
     def unregister(self, probe: str = "p") -> None:

@@ -28,6 +28,7 @@ from trapline_agent.kernel import procfs
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
+from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import ASYNC, Consumer, Table
 
@@ -305,8 +306,7 @@ class Tracer:
             self._engine.reconcile(ProcessId(pid, procfs.start_time(pid)), cause)
 
     def _reconcile_all(self, cause: str = "reconcile") -> None:
-        for identity in {*self._table.candidates(), *self._engine.processes()}:
-            self._engine.reconcile(identity, cause)
+        scan(self._table, self._engine, cause)
 
     def _reconcile_every(self) -> float:
         return _RECONCILE_S if self._hooked else _RECONCILE_UNHOOKED_S
