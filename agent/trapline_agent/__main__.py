@@ -15,13 +15,13 @@ from trapline_agent.config import AgentSettings
 
 
 async def serve(settings: AgentSettings) -> None:
-    """Runs an agent until SIGINT or SIGTERM, then takes every breakpoint out.
+    """Runs an agent until SIGINT, SIGTERM or SIGHUP, then takes every breakpoint out.
 
     Raises:
         TraplineError: in an exception group: it cannot go on.
     """
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with Agent(settings):
         await stop.wait()

@@ -23,6 +23,8 @@ from trapline.errors import TraplineError
 T = TypeVar("T")
 
 EXIT_ERROR = 2
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a command in good order: Ctrl-C, a supervisor, a terminal that closes."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -100,11 +102,11 @@ def microseconds(ns: float | None) -> str:
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]], *, handle_signals: bool = True) -> T | None:
-    """Runs a coroutine until it ends, or until SIGINT or SIGTERM cancel it; then its own clean-up ends first.
+    """Runs a coroutine until it ends, or until SIGINT, SIGTERM or SIGHUP cancels it; then its own clean-up ends first.
 
     Args:
         work: makes the coroutine.
-        handle_signals: False where it sees to SIGINT and SIGTERM itself.
+        handle_signals: False where it sees to them itself.
 
     Returns:
         Its result, or None where a signal ended it.
@@ -125,7 +127,7 @@ def run(work: Callable[[], Coroutine[Any, Any, T]], *, handle_signals: bool = Tr
                 interrupted = True
                 task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM) if handle_signals else ():
+        for number in ENDS if handle_signals else ():
             loop.add_signal_handler(number, interrupt)
         try:
             return await task

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from trapline.cli.console import EXIT_ERROR, err, first_error, microseconds, note, print_table, progress
+from trapline.cli.console import ENDS, EXIT_ERROR, err, first_error, microseconds, note, print_table, progress
 from trapline.cli.rows import Lines
 from trapline.errors import NotFound, SpecError, TraplineError
 from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
@@ -192,7 +191,7 @@ class Session:
         """Traces until the end; returns the exit status."""
         options = self._options
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDS:
             loop.add_signal_handler(number, self._interrupt, number)
         file = options.output.open("wb") if options.output else os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         with file:

@@ -11,12 +11,11 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,17 +96,6 @@ class Screen:
         return Group(lines, Text(), counts)
 
 
-def _free_port() -> int:
-    """Returns the usual port where nobody has it, or else 0: any."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", DEFAULT_PORT))
-        except OSError:
-            return 0
-    return DEFAULT_PORT
-
-
 class Demo:
     """One demonstration; ``run`` is its life.
 
@@ -119,9 +107,10 @@ class Demo:
         self._directory = directory
         self._seconds = seconds
         self._json = json
+        self._port_given = port is not None
         self._settings = Settings(
             host="127.0.0.1",
-            port=_free_port() if port is None else port,
+            port=DEFAULT_PORT if port is None else port,
             state_dir=directory / "state",
             admin_token=None,
         )
@@ -136,7 +125,7 @@ class Demo:
             note(reason)
         if not workload:
             raise Unavailable("there is no program to show", hint="install gcc, or a python3 with sqlite3")
-        async with Server(self._settings) as server:
+        async with self._server() as server:
             assert server.new_token is not None, "a new state directory has no token yet"
             token = server.new_token
             write_access(self._settings.state_dir, Access(server.url, token))
@@ -147,6 +136,22 @@ class Demo:
                     await self._start(agent, client, workload)
                 self._introduce(server.url, token)
                 await self._show(agent, client, workload)
+
+    @contextlib.asynccontextmanager
+    async def _server(self) -> AsyncIterator[Server]:
+        """Runs the service on the usual port, or where that is taken and nobody asked for it, on a free one."""
+        server = Server(self._settings)
+        try:
+            await server.start()
+        except Unavailable:
+            if self._port_given:
+                raise
+            server = Server(self._settings.model_copy(update={"port": 0}))
+            await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
 
     # --- the beginning ------------------------------------------------------------------------------------------------
 
