@@ -19,8 +19,10 @@ _SYS_PERF_EVENT_OPEN: Final = 298
 _TYPE_SOFTWARE, _SW_DUMMY = 1, 9
 _ATTR_BYTES = 136
 _FLAG_CLOEXEC = 8
-# attr flag bits: mmap 8, comm 9, task 13, sample_id_all 18, mmap2 23, comm_exec 24
-_SIDEBAND = 1 << 8 | 1 << 23
+# attr flag bits: mmap 8, comm 9, task 13, watermark 14, sample_id_all 18, mmap2 23, comm_exec 24.
+# `wakeup_events` counts samples alone, of which a dummy event has none: without `watermark` the reader would be woken when
+# half of the ring is full (kernel: events/ring_buffer.c, ring_buffer_init). With it, one byte is enough.
+_SIDEBAND = 1 << 8 | 1 << 14 | 1 << 23
 _SAMPLE_TID, _SAMPLE_TIME, _SAMPLE_CPU = 1 << 1, 1 << 2, 1 << 7
 _DATA_HEAD = 1024
 _PAGES = 64
