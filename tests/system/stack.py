@@ -286,7 +286,8 @@ class Stack:
 
     def _start(self, name: str, argv: Sequence[str], env: Mapping[str, str], ready: str | None = None) -> Child:
         # The tracer says on standard error what the tests wait for; the others' is for whoever reads a failure.
-        log = self._ending.enter_context(open(self.directory / f"{name}.log", "ab"))
+        log = (self.directory / f"{name}.log").open("ab")
+        self._ending.callback(log.close)
         child = Child(
             argv,
             ready=ready,
@@ -371,14 +372,14 @@ class Stack:
             assert time.monotonic() < deadline, f"{len(found)} of {count} hits are recorded"
         return found
 
-    def armed(self, probe: str, pid: int) -> Target:
+    def armed(self, probe: str, pid: int, timeout: float = TIMEOUT_S) -> Target:
         """Waits until a probe is armed in a process; returns that target."""
 
         def found() -> Target | None:
             targets = self.client.targets(probe)
             return next((t for t in targets if t.pid == pid and t.state is TargetState.ARMED), None)
 
-        self.client.wait_for(probe, lambda _: found() is not None)
+        self.client.wait_for(probe, lambda _: found() is not None, timeout=timeout)
         target = found()
         assert target is not None
         return target
