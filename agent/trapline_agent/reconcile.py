@@ -342,11 +342,10 @@ class Reconciler:
             if not run.registered.plans:
                 error = e
         news = grew or not run.resolved
-        run.resolved = True
         if error is None and (grew or run.tracer is not tracer) and not run.leaving:
             error = await self._register(run, tracer, desired)
         if tracer is self._tracer and desired is run.desired:
-            run.error = error
+            run.error, run.resolved = error, True
             run.settled.set()
             if news or (error and error.to_wire()) != (before and before.to_wire()):
                 self._changed(desired.id)

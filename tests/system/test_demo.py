@@ -26,7 +26,8 @@ def test_it_ends_by_itself_and_every_count_agrees() -> None:
     for row in summary.values():
         assert row["hits"] == row["counted_by_program"] > 0
         assert (row["processes"], row["dropped"]) == (1, 0)
-        assert row["overhead_ns"] > 0
+        # Sampled: a slow machine may not have come to the first sample.
+        assert row["overhead_ns"] is None or row["overhead_ns"] > 0
     # What came over the stream is what there was, but for what came before it was subscribed to.
     assert 0 < len(hits) <= sum(row["hits"] for row in summary.values())
     paths = {hit["args"]["path"] for hit in hits if hit["site"].endswith(":handle_request")}

@@ -70,7 +70,12 @@ def test_the_life_of_a_probe_by_command_line(tmp_path: Path) -> None:
         assert (now.status.counters.hits, now.status.counters.dropped) == (500, 0)
         status, out, _ = _cli(tmp_path, "hits", "getppid", "-n", "5", "--json")
         assert [json.loads(line)["seq"] for line in out.splitlines()] == [495, 496, 497, 498, 499]
-        for command in (["hosts"], ["processes"], ["probe", "show", "getppid"], ["symbols", "getppid"]):
+        for command in (
+            ["hosts"],
+            ["processes"],
+            ["probe", "show", "getppid"],
+            ["symbols", "getppid", "--module", "libc.so.6"],
+        ):
             status, out, err = _cli(tmp_path, *command)
             assert (status, err) == (0, ""), command
             assert out

@@ -273,6 +273,8 @@ class Tracer:
         # Publish, then look: a mapping that appears meanwhile is found by a hook or by the look (semantics R2).
         self._table.publish(message, ring)
         self._reconcile_all("scan")
+        # Before ``Done``: whoever waits for it must not take a probe that is armed for one without targets.
+        self._send_targets()
         self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())
 
     def _unregister(self, probe: str) -> None:
