@@ -270,10 +270,8 @@ class TraceThread(threading.Thread):
                     self._detach(thread, 0)
                 else:
                     ptrace.listen(tid)
-            elif later := self._stepper.leave_slot(thread):
-                self._other(tid, later)
             else:
-                self._resume(thread)
+                self._deliver(thread, 0)
         elif event == ptrace.PTRACE_EVENT_EXEC:
             self._execed(tid)
         else:
@@ -362,9 +360,9 @@ class TraceThread(threading.Thread):
         thread.settled = True
         thread.uncounted = None
         thread.close()
-        process.memory.close()
         gone = [SiteReport(s.addr, s.plan, "gone") for s in process.memory.sites.values() if not s.is_hook]
-        process.memory = AddressSpace(tid)
+        old, process.memory = process.memory, AddressSpace(tid)
+        old.close()
         process.comm = procfs.comm(tid)
         process.execs += 1
         self._engine.renamed(process)
@@ -404,9 +402,9 @@ class TraceThread(threading.Thread):
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def _deliver(self, thread: Thread, sig: int) -> None:
-        """Passes a signal on; a handler never sees an address inside a slot."""
+        """Lets a stopped thread go on with a signal, or with none (0); a handler never sees an address inside a slot."""
         later = self._stepper.leave_slot(thread, sig)
-        if later == 0 or later == _SIGTRAP_STOP:
+        if later in (0, _SIGTRAP_STOP):
             self._resume(thread, sig)
         else:
             self._other(thread.tid, later)
@@ -453,6 +451,8 @@ class TraceThread(threading.Thread):
 
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
+        if self._group.processes.get(process.id.pid) is not process:
+            return  # it ended, or was let go, while it settled
         if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
             return
         try:

@@ -7,6 +7,7 @@ was opened on, across exec and the death of the process that was asked.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,7 +52,9 @@ class AddressSpace:
         self.users = 1
 
     def reopen(self, pid: int) -> None:
-        """Opens the memory that a process has now, where nothing has been written yet."""
+        """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
+        if self.fd < 0:
+            raise ProcessLookupError(errno.ESRCH, "the last process of this memory is gone", str(pid))
         fresh = _open(pid)
         os.close(self.fd)
         self.fd = fresh
@@ -60,7 +63,9 @@ class AddressSpace:
         """Gives up the descriptor when the last process that shares the address space is gone."""
         self.users -= 1
         if self.users == 0:
-            os.close(self.fd)
+            # A number that is used again would lead a late write into another process.
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     # --- breakpoints -------------------------------------------------------------------------------------------------
 
