@@ -93,7 +93,7 @@ class Host:
         """Withdraws a probe; its bytes are out when this returns."""
         consumer = self.table.withdraw(probe)
         for identity in self.engine.processes():
-            self.engine.reconcile(identity, "unregister")
+            self.engine.reconcile(identity, "reconcile")
         if consumer is not None:
             consumer.close()
 

@@ -282,7 +282,8 @@ class Tracer:
         if consumer is None:
             return
         for identity in self._engine.processes():
-            self._engine.reconcile(identity, "unregister")
+            # To the other probes there it is one more look.
+            self._engine.reconcile(identity, "reconcile")
         consumer.close()
         with self._rings_lock:
             self._draining.append(consumer)

@@ -250,6 +250,8 @@ class Table:
         with contextlib.suppress(OSError):
             comm = procfs.comm(identity.pid)
         since = time.time_ns()
+        facts = process.facts(identity.pid)
+        parents = self._parents(identity)
         changed = False
         with self._lock:
             for report in reports:
@@ -258,9 +260,12 @@ class Table:
                         continue
                     key = (identity.pid, identity.start_time, plan.site, report.addr)
                     known = consumer.targets.get(key)
-                    if report.state == "gone" and known is None:
+                    # A site is there for all its consumers, but each has its own processes (semantics R16).
+                    meant = known is not None if facts is None else consumer.selector.matches(facts, parents)
+                    state = report.state if meant else "gone"
+                    if state == "gone" and known is None:
                         continue
-                    if known is not None and known.state == report.state and known.reason == report.reason:
+                    if known is not None and known.state == state and known.reason == report.reason:
                         continue
                     consumer.targets[key] = TargetState(
                         pid=identity.pid,
@@ -270,10 +275,10 @@ class Table:
                         path=plan.path,
                         offset=plan.offset,
                         addr=report.addr,
-                        state=report.state,
+                        state=state,
                         cause=cause.removesuffix(ASYNC),
                         since_ns=since,
-                        may_have_missed=report.state == "armed" and cause in _MISSED,
+                        may_have_missed=state == "armed" and cause in _MISSED,
                         reason=report.reason,
                         message=report.message,
                     )
