@@ -175,6 +175,15 @@ def ptrace_any() -> str:
     return f"PTRACE_SEIZE of another's child: {os.strerror(status)}" if status else ""
 
 
+@_need("unprivileged", "run the tests as root, from a directory that every user may read")
+def unprivileged() -> str:
+    """Runs this very Python as the user nobody, who must be able to import what the tests import."""
+    if os.geteuid():
+        return f"this is user {os.geteuid()}"
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    return _runs(*nobody, sys.executable, "-c", "import trapline_agent.agent")
+
+
 @_need("perf", "run as root where the kernel has perf events, or set kernel.perf_event_paranoid to -1")
 def perf() -> str:
     """Opens the dummy event that reports mmap, fork and exec of the whole system, as perf_event_open(2) has it."""

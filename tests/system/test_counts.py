@@ -119,12 +119,15 @@ def test_a_probe_without_a_selector_takes_what_starts_later(stack: Stack, tmp_pa
 
 
 def test_a_libc_function_of_two_processes_at_once(stack: Stack) -> None:
-    with caller() as one, caller() as two, caller() as other:
+    with caller() as one, caller() as two, caller() as other:  # the site is the same, the processes are not
         probes = [stack.arm(f"{GETPPID} @ pid={target.pid}") for target in (one, two)]
         assert (one.ask("call 1500"), two.ask("call 700"), other.ask("call 50")) == ("1500", "700", "50")
         stack.exactly(probes[0].id, 1500)
         stack.exactly(probes[1].id, 700)
         assert breakpoints(other.pid) == []
+        for probe, target in zip(probes, (one, two), strict=True):
+            assert [t.pid for t in stack.client.targets(probe.id)] == [target.pid]
+            assert stack.client.probe(probe.id).status.coverage.armed == 1
         for probe in probes:
             stack.client.delete_probe(probe.id)
         for target in (one, two):
