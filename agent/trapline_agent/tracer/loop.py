@@ -271,8 +271,15 @@ class Tracer:
             )
 
         # Publish, then look: a mapping that appears meanwhile is found by a hook or by the look (semantics R2).
+        fresh = self._table.consumer(message.probe) is None
         self._table.publish(message, ring)
-        self._reconcile_all("scan")
+        try:
+            self._reconcile_all("scan")
+        except Exception:
+            # Out by the way that any probe goes out, which looks at all processes again (semantics R5).
+            if fresh:
+                self._unregister(message.probe)
+            raise
         # Before ``Done``: whoever waits for it must not take a probe that is armed for one without targets.
         self._send_targets()
         self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())

@@ -48,7 +48,7 @@ async def get_host(_: Caller, service: TheService, host: str) -> Host:
 @router.get(
     "/hosts/{host}/processes",
     operation_id="listProcesses",
-    summary="What runs on a host, as its agent last reported",
+    summary="What runs on a host, as its agent last reported; what can be probed first",
     responses=responses(404, 409),
 )
 async def list_processes(
@@ -66,7 +66,8 @@ async def list_processes(
 
 
 def _process_key(process: Process) -> str:
-    return f"{process.pid:020d} {process.id}"
+    # What can be probed comes first: kernel threads alone would fill the first page.
+    return f"{0 if process.eligible else 1} {process.pid:020d} {process.id}"
 
 
 def _fits(process: Process, wanted: str) -> bool:

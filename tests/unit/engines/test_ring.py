@@ -1,0 +1,127 @@
+"""The ring: hits = delivered + dropped, whatever the threads do."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from trapline.protocol.hits import HitBatch, decode
+from trapline_agent.capture.evaluate import read_string
+from trapline_agent.engines import ring as rings
+from trapline_agent.engines.ring import HitRing
+from trapline_agent.tracer.messages import FetchPlan
+
+WORDS = list(range(100, 127))
+
+
+def drain(ring: HitRing) -> list[HitBatch]:
+    return [
+        decode(b) for _, b in ring.drain(host="h", probe="p", source="s", generation=1, sites=["x"], comms={7: "seven"})
+    ]
+
+
+def test_rows_come_out_as_they_went_in() -> None:
+    ring = HitRing([FetchPlan(name="a", register="rdi"), FetchPlan(name="b", register="r15")])
+    sink = ring.sink(0)
+    for i in range(5):
+        sink(1000 + i, 7, 8, WORDS, -1)
+    (batch,) = drain(ring)
+    hits = list(batch.hits())
+    assert [h.args for h in hits] == [{"a": 114, "b": 100}] * 5
+    assert (batch.header.t0, batch.header.t1, batch.header.seq) == (1000, 1004, 0)
+    assert hits[0].comm == "seven"
+    assert drain(ring) == []
+
+
+def test_sequences_go_on_after_a_drain() -> None:
+    ring = HitRing()
+    sink = ring.sink(0)
+    seqs = []
+    for n in (1, 3, rings.ROWS + 2):
+        for _ in range(n):
+            sink(1, 2, 3, WORDS, -1)
+        seqs += [(b.header.seq, b.header.count) for b in drain(ring)]
+    assert seqs == [(0, 1), (1, 3), (4, rings.ROWS), (4 + rings.ROWS, 2)]
+
+
+def test_the_oldest_go_whole_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rings, "ROWS", 4)
+    monkeypatch.setattr(rings, "CHUNKS", 2)
+    ring = HitRing()
+    sink = ring.sink(0)
+    for _ in range(19):
+        sink(1, 2, 3, WORDS, -1)
+    batches = drain(ring)
+    assert [(b.header.seq, b.header.count) for b in batches] == [(8, 4), (12, 4), (16, 3)]
+    assert batches[0].header.drops == {"tracer-ring": 8} == ring.drops
+    ring.unsent(3)
+    sink(1, 2, 3, WORDS, -1)
+    assert drain(ring)[0].header.drops == {"tracer-socket": 3}
+    assert ring.hits == 20
+    assert ring.drops == {"tracer-ring": 8, "tracer-socket": 3}
+
+
+def test_the_limit_is_exact_under_threads() -> None:
+    reached = threading.Event()
+    ring = HitRing(max_hits=1000, on_limit=reached.set)
+    sink = ring.sink(0)
+    delivered: list[HitBatch] = []
+    threads = [threading.Thread(target=lambda: [sink(1, 2, 3, WORDS, -1) for _ in range(500)]) for _ in range(4)]
+    for t in threads:
+        t.start()
+    while any(t.is_alive() for t in threads):
+        delivered += drain(ring)
+    delivered += drain(ring)
+    assert reached.is_set()
+    assert sum(b.header.count for b in delivered) == ring.hits == 1000
+    assert ring.limited == 1000
+    position = 0
+    for batch in delivered:
+        assert batch.header.seq == position
+        position += batch.header.count
+
+
+def test_strings_are_interned_in_each_batch() -> None:
+    import ctypes
+
+    texts = [ctypes.create_string_buffer(t) for t in (b"alpha", b"beta")]
+    ring = HitRing([FetchPlan(name="s", register="rdi", string=True)])
+    sink = ring.sink(0)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        for i in range(6):
+            words = list(WORDS)
+            words[14] = ctypes.addressof(texts[i % 2])
+            sink(1, 2, 3, words, memory)
+    finally:
+        os.close(memory)
+    (batch,) = drain(ring)
+    assert batch.header.strings == [b"alpha", b"beta"]
+    assert [h.args["s"] for h in batch.hits()] == ["alpha", "beta"] * 3
+
+
+def test_a_string_at_the_end_of_the_mapped_memory() -> None:
+    import ctypes
+    import mmap
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    page = mmap.PAGESIZE
+    start = libc.mmap(None, 2 * page, 3, 0x22, -1, 0)
+    libc.munmap(start + page, page)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        ctypes.memmove(start + page - 4, b"end\0", 4)
+        assert read_string(memory, start + page - 4, 64) == (b"end", 0)
+        ctypes.memmove(start + page - 4, b"ends", 4)
+        assert read_string(memory, start + page - 4, 64)[0] == b"ends"
+        assert read_string(memory, start + page, 64)[1].text == "fault"
+        assert read_string(memory, 2**63, 64)[1].text == "fault"
+        assert read_string(memory, 0, 64)[1].text == "null"
+    finally:
+        os.close(memory)
+        libc.munmap(start, page)

@@ -1,0 +1,99 @@
+"""The hit codec: what was encoded is what is read, and foreign bytes are refused, never believed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trapline.errors import ProtocolError
+from trapline.protocol import hits
+from trapline.protocol.hits import FIXED, Header, HitBatch, ValueStatus
+
+_WORD = st.integers(0, 2**64 - 1)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> HitBatch:
+    names = draw(st.lists(st.text("abcxyz0()", min_size=1, max_size=8), unique=True, max_size=4))
+    captured = [(n, draw(st.booleans())) for n in names if n not in dict(FIXED)]
+    count = draw(st.integers(1, 9))
+    strings = draw(st.lists(st.binary(max_size=12), min_size=1, max_size=5))
+    columns = hits.schema(captured)
+    values = {}
+    for c in columns:
+        top = {"u64": 2**64 - 1, "u32": 2**32 - 1, "str": len(strings) - 1, "u8": 6}[c.type]
+        values[c.name] = np.array(
+            draw(st.lists(st.integers(0, top), min_size=count, max_size=count)), hits.row_dtype([c])[0]
+        )
+    values["ts"] = values["ts"] % np.uint64(2**60)
+    header = Header(
+        host="h",
+        probe="p",
+        source="s",
+        seq=draw(st.integers(0, 2**40)),
+        count=count,
+        t0=0,
+        t1=0,
+        clock_offset=draw(st.integers(0, 2**60)),
+        columns=columns,
+        strings=strings,
+        sites=["lib:f"],
+        comms={1: "one"},
+        drops=draw(st.dictionaries(st.sampled_from(["tracer-ring", "x"]), st.integers(1, 9))),
+    )
+    return HitBatch(header, values)
+
+
+@given(batches())
+def test_round_trip(batch: HitBatch) -> None:
+    frame = batch.encode()
+    assert len(frame) % 8 == 0
+    read = hits.decode(frame)
+    assert read.header == batch.header
+    for name, column in batch.columns.items():
+        assert read.columns[name].tolist() == column.tolist()
+        if read.columns[name].dtype.itemsize == 8:
+            assert read.columns[name].ctypes.data % 8 == np.frombuffer(frame, "u1").ctypes.data % 8
+    rows = list(read.hits())
+    assert [h.seq for h in rows] == list(range(batch.header.seq, batch.header.seq + batch.header.count))
+    for i, hit in enumerate(rows):
+        for name, value in hit.args.items():
+            status = ValueStatus(int(batch.columns[name + "?"][i]))
+            assert (value is None) == (status > ValueStatus.TRUNCATED)
+            if isinstance(value, int):
+                assert value == int(batch.columns[name][i])
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        hits.decode(data)
+
+
+@given(batches(), st.data())
+def test_a_changed_frame_is_refused_or_read_within_its_bounds(batch: HitBatch, data: st.DataObject) -> None:
+    frame = bytearray(batch.encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)))
+    for candidate in (bytes(frame), bytes(frame[:cut])):
+        try:
+            list(hits.decode(candidate).hits())
+        except ProtocolError:
+            continue
+
+
+def test_what_is_malformed_is_named() -> None:
+    header = Header("h", "p", "s", 0, 1, 0, 0, 0, hits.schema([]))
+    good = HitBatch(header, {n: np.zeros(1, hits.row_dtype(hits.schema([]))[n]) for n, _ in FIXED}).encode()
+    for frame, says in (
+        (b"TLH2" + good[4:], "not a hit batch"),
+        (good[:-8], "should have"),
+        (good + bytes(8), "should have"),
+        (good[:3], "shorter"),
+        (good[:4] + b"\xff\xff\xff\x7f" + good[8:], "does not fit"),
+    ):
+        with pytest.raises(ProtocolError, match=says):
+            hits.decode(frame)
