@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from trapline.errors import Ambiguous, NotFound, TraplineError
+from trapline_agent.plans import FileKey
 from trapline_agent.symbols.index import IndexCache, SymbolIndex, near_names
 from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping, executable_mappings
 from trapline_agent.targets.process import pids, text
-from trapline_agent.tracer.messages import FileKey
 
 _PROGRAM_DIRECTORIES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _LIBRARY_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/local/lib")

@@ -23,6 +23,7 @@ import msgspec
 from trapline.errors import TraplineError, Unavailable
 from trapline.model import Cause, Counters, DesiredProbe, Point, PointKind, ProbeSpec, Target, TargetState
 from trapline.protocol.messages import Observed
+from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
@@ -41,7 +42,7 @@ class PlanSource(Protocol):
 
     def resolve(self, spec: ProbeSpec) -> Plan: ...
 
-    def loaders(self) -> list[t.SitePlan]: ...
+    def loaders(self) -> list[SitePlan]: ...
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Registered:
     """A probe's merged plan: what the tracer is told, whole, each time."""
 
     labels: list[str] = field(default_factory=list)
-    plans: dict[tuple[t.FileKey, int], t.SitePlan] = field(default_factory=dict)
-    fetches: list[t.FetchPlan] = field(default_factory=list)
+    plans: dict[tuple[FileKey, int], SitePlan] = field(default_factory=dict)
+    fetches: list[FetchPlan] = field(default_factory=list)
     where: dict[str, str] = field(default_factory=dict)
     watch: list[str] = field(default_factory=list)
     """Basenames under which further files that are meant may be mapped."""

@@ -27,11 +27,11 @@ from trapline.spec import require_supported
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.program import lower
 from trapline_agent.objects import Finder, FoundFile, scan
+from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
 from trapline_agent.targets.process import ProcessFacts, facts, ineligible, ppids, require_process, text
 from trapline_agent.targets.selector import Selector, with_numbers
-from trapline_agent.tracer.messages import FetchPlan, FileKey, SitePlan
 
 MAX_SITES = 1000
 MAX_TARGETS = 1000

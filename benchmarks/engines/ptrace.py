@@ -31,6 +31,7 @@ from rich.table import Table
 from tests.support.children import Child, fields
 from tests.support.targets import Targets
 from trapline.protocol import hits
+from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.targets.maps import Mapping, executable_mappings
 from trapline_agent.tracer import messages as m
@@ -48,7 +49,7 @@ class Site:
     pid: int
     path: Path
     addr: int
-    plan: m.SitePlan
+    plan: SitePlan
 
 
 def find_site(pid: int, path: Path) -> Site:
@@ -62,7 +63,7 @@ def find_site(pid: int, path: Path) -> Site:
         assert segment is not None
         code = elf.read_code(offset, min(15, segment.end - offset))
     mapping: Mapping = next(x for x in executable_mappings(pid) if x.path == str(path) and x.addr(offset) is not None)
-    plan = m.SitePlan(
+    plan = SitePlan(
         site=0,
         file=mapping.file,
         path=str(path),
@@ -113,7 +114,7 @@ class Trapline:
                     self._stats = event
                 self._changed.notify_all()
 
-    def way(self, fetches: list[m.FetchPlan]) -> Callable[[int], AbstractAsyncContextManager[dict[str, int]]]:
+    def way(self, fetches: list[FetchPlan]) -> Callable[[int], AbstractAsyncContextManager[dict[str, int]]]:
         @asynccontextmanager
         async def arm(calls: int) -> AsyncIterator[dict[str, int]]:
             self._number += 1
@@ -233,10 +234,10 @@ async def run(rounds: int, cpu: int, calls: int, peers: bool, console: Console) 
                 client = await TracerClient.connect(socket, host="hst_bench", process=process)
                 trapline = Trapline(client, site)
                 registers = [
-                    m.FetchPlan(name=f"arg{i}", register=r)
+                    FetchPlan(name=f"arg{i}", register=r)
                     for i, r in enumerate(("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
                 ]
-                string = [m.FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
+                string = [FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
                 ways = [
                     Way("trapline ptrace: count", trapline.way([]), calls),
                     Way("trapline ptrace: registers", trapline.way(registers), calls),

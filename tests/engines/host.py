@@ -15,10 +15,11 @@ from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.files import file_key_of
 from trapline_agent.targets.maps import executable_mappings
-from trapline_agent.tracer.messages import FetchPlan, Register, SitePlan, TargetState
+from trapline_agent.tracer.messages import Register, TargetState
 from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.table import Consumer, Table
 

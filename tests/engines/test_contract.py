@@ -15,7 +15,7 @@ from tests.support import needs
 from tests.support.children import Child, fields, python, stopped
 from tests.support.targets import Targets
 from trapline.protocol.hits import ValueStatus
-from trapline_agent.tracer.messages import FetchPlan
+from trapline_agent.plans import FetchPlan
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 

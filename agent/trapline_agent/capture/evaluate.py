@@ -11,7 +11,7 @@ from operator import itemgetter
 
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.arch.x86_64.registers import INDEX
-from trapline_agent.tracer.messages import FetchPlan
+from trapline_agent.plans import FetchPlan
 
 _USER_TOP = 0x7FFF_FFFF_F000
 """End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from trapline.errors import Unsupported
 from trapline.model import Capture, CaptureKind
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS
-from trapline_agent.tracer.messages import FetchPlan
+from trapline_agent.plans import FetchPlan
 
 
 def lower(captures: Iterable[Capture]) -> list[FetchPlan]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from trapline_agent.tracer.messages import SitePlan
+from trapline_agent.plans import SitePlan
 
 
 @dataclass(frozen=True)

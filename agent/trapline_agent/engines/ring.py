@@ -18,7 +18,7 @@ import numpy as np
 
 from trapline.protocol.hits import Header, HitBatch, row_dtype, row_format, schema
 from trapline_agent.capture.evaluate import Evaluator
-from trapline_agent.tracer.messages import FetchPlan
+from trapline_agent.plans import FetchPlan
 
 ROWS = 2048
 """Rows of a chunk: an agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""

@@ -55,8 +55,8 @@ class MappingStream:
     """MMAP2 records of all processes on all CPUs. One reader."""
 
     def __init__(self) -> None:
-        """Raises PermissionError where the kernel refuses (perf_event_paranoid, no CAP_PERFMON); OSError where it has no perf
-        events."""
+        """Raises PermissionError where the kernel refuses (perf_event_paranoid, no CAP_PERFMON), and OSError where it has
+        no perf events."""
         self._rings: list[tuple[int, mmap.mmap]] = []
         attr = bytearray(_ATTR_BYTES)
         struct.pack_into(

@@ -1,4 +1,4 @@
-"""What the engine asks /proc about a thread: proc(5). Everything may vanish at any time; then ProcessLookupError is raised."""
+"""What the engine asks /proc about a thread: proc(5). What vanished meanwhile raises ProcessLookupError."""
 
 from __future__ import annotations
 

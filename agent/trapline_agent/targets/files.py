@@ -10,9 +10,9 @@ import stat
 import numpy as np
 
 from trapline.errors import NotFound, PermissionDenied, ResolveError, Unsupported
+from trapline_agent.plans import FileKey
 from trapline_agent.targets.maps import Mapping
 from trapline_agent.targets.process import text
-from trapline_agent.tracer.messages import FileKey
 
 
 def open_regular(path: str) -> int:

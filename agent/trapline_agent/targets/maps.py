@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from trapline_agent.tracer.messages import FileKey
+from trapline_agent.plans import FileKey
 
 _DELETED = b" (deleted)"
 _MAX_TASKS = 16

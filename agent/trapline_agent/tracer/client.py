@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from trapline.errors import ProtocolError, TraplineError, Unavailable
+from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.tracer import messages as m
 
 Event = m.Targets | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
@@ -164,8 +165,8 @@ class TracerClient:
         *,
         generation: int,
         sites: Sequence[str],
-        plans: Sequence[m.SitePlan],
-        fetches: Sequence[m.FetchPlan] = (),
+        plans: Sequence[SitePlan],
+        fetches: Sequence[FetchPlan] = (),
         where: Mapping[str, str] | None = None,
         max_hits: int = 0,
     ) -> None:
@@ -198,7 +199,7 @@ class TracerClient:
         """Sets the processes beside this one and the tracer that are never to be probed, from now on."""
         self._send(m.Spare(self_pids=[os.getpid(), *self_pids]))
 
-    def set_loaders(self, plans: Sequence[m.SitePlan]) -> None:
+    def set_loaders(self, plans: Sequence[SitePlan]) -> None:
         """Tells where the dynamic loaders of this host report what they mapped; see ``Loaders``."""
         self._send(m.Loaders(plans=list(plans)))
 

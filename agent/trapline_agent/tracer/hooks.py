@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable
 
 from trapline_agent.kernel.perf_event import Lost, MappingStream
+from trapline_agent.plans import FileKey
 from trapline_agent.targets.process import text
-from trapline_agent.tracer.messages import FileKey, Mapped
+from trapline_agent.tracer.messages import Mapped
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from trapline.errors import ProtocolError
+from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 
 PROTOCOL = 1
 FRAME = struct.Struct("<IB")
@@ -22,43 +23,6 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024
 
 class Message(msgspec.Struct, tag_field="t", omit_defaults=True, kw_only=True):
     pass
-
-
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-class FileKey(msgspec.Struct, frozen=True, order=True):
-    """A file's identity as /proc/PID/maps prints it (on btrfs and overlayfs that differs from stat(2))."""
-
-    dev: str
-    """``major:minor`` in hex, as printed there: ``fd:01``."""
-    inode: int
-
-
-class SitePlan(msgspec.Struct, frozen=True):
-    """One instruction of one file, ready to be armed: nothing is left for the tracer to parse."""
-
-    site: int
-    """Index into the probe's ``sites``."""
-    file: FileKey
-    path: str
-    """Where the agent found the file, for messages and to hold the inode (semantics R9)."""
-    offset: int
-    """File offset of the instruction."""
-    code: bytes
-    """The file's bytes from ``offset`` on: 15, or fewer at the segment's end. Never read from memory (semantics R14)."""
-    slack_offset: int = 0
-    """File offset of unused zero bytes behind the executable segment, mapped with its last page; slots go there."""
-    slack_len: int = 0
-
-
-class FetchPlan(msgspec.Struct, frozen=True):
-    """One captured value: a register, or the NUL-terminated string it points to."""
-
-    name: str
-    register: str
-    string: bool = False
-    max_bytes: int = 64
 
 
 # --- agent to tracer -------------------------------------------------------------------------------------------------

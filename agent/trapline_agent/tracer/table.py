@@ -26,10 +26,11 @@ from dataclasses import dataclass, field
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.targets import maps, process
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.selector import Selector
-from trapline_agent.tracer.messages import FileKey, Register, SitePlan, TargetState
+from trapline_agent.tracer.messages import Register, TargetState
 
 ASYNC = "-async"
 """Suffix of a cause that came after the fact: calls may have run before the process was armed."""

@@ -11,6 +11,7 @@ import pytest
 
 from trapline.errors import EngineError, NotFound, TraplineError, Unavailable
 from trapline.model import DesiredProbe, Point, PointKind, ProbeLimits, ProbeSpec, TargetState
+from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.reconcile import Reconciler
 from trapline_agent.resolve import Plan
 from trapline_agent.tracer import messages as t
@@ -21,8 +22,7 @@ TIMEOUT_S = 10.0
 def _plan(*files: int, symbol: str = "f", watch: str = "app") -> Plan:
     """A plan with one site in each of these files, all of one label, numbered from zero as a resolver does."""
     plans = [
-        t.SitePlan(site=0, file=t.FileKey("00:01", inode), path=f"/{inode}/app", offset=16, code=b"\x90")
-        for inode in files
+        SitePlan(site=0, file=FileKey("00:01", inode), path=f"/{inode}/app", offset=16, code=b"\x90") for inode in files
     ]
     return Plan(sites=[f"app:{symbol}"], plans=plans, where={"comm": "app"}, watch=[watch])
 
@@ -41,7 +41,7 @@ class Resolver:
             raise self.answer
         return self.answer
 
-    def loaders(self) -> list[t.SitePlan]:
+    def loaders(self) -> list[SitePlan]:
         return []
 
 
@@ -68,7 +68,7 @@ class Tracer:
     def watch(self, names: list[str]) -> None:
         self.watched.append(list(names))
 
-    def set_loaders(self, plans: list[t.SitePlan]) -> None:
+    def set_loaders(self, plans: list[SitePlan]) -> None:
         pass
 
 
@@ -147,12 +147,12 @@ async def test_a_further_file_is_added_and_no_site_changes_its_number(world: Wor
     world.resolver.answer = Plan(
         sites=["app:g", "app:f"],
         plans=[
-            t.SitePlan(site=0, file=t.FileKey("00:01", 2), path="/2/app", offset=16, code=b"\x90"),
-            t.SitePlan(site=1, file=t.FileKey("00:01", 1), path="/1/app", offset=16, code=b"\x90"),
+            SitePlan(site=0, file=FileKey("00:01", 2), path="/2/app", offset=16, code=b"\x90"),
+            SitePlan(site=1, file=FileKey("00:01", 1), path="/1/app", offset=16, code=b"\x90"),
         ],
         watch=["app"],
     )
-    world.reconciler.handle(t.Mapped(pid=5, path="/2/app", file=t.FileKey("00:01", 2)))
+    world.reconciler.handle(t.Mapped(pid=5, path="/2/app", file=FileKey("00:01", 2)))
     await world.until(lambda: len(tracer.registered) == 2)
     plan = tracer.registered[1][1]
     assert plan["sites"] == ["app:f", "app:g"]
@@ -168,9 +168,9 @@ async def test_a_mapping_of_another_name_changes_nothing(world: World) -> None:
     await world.settled("prb_b")
     await world.resolver.questions.get()
     assert not world.reconciler.probes["prb_a"].wake.is_set()
-    world.reconciler.handle(t.Mapped(pid=5, path="/lib/other.so", file=t.FileKey("00:01", 2)))
+    world.reconciler.handle(t.Mapped(pid=5, path="/lib/other.so", file=FileKey("00:01", 2)))
     assert not world.reconciler.probes["prb_a"].wake.is_set()
-    world.reconciler.handle(t.Mapped(pid=5, path="/lib/app", file=t.FileKey("00:01", 2)))
+    world.reconciler.handle(t.Mapped(pid=5, path="/lib/app", file=FileKey("00:01", 2)))
     async with asyncio.timeout(TIMEOUT_S):
         await world.resolver.questions.get()
 
@@ -185,7 +185,7 @@ async def test_a_probe_that_cannot_be_resolved_says_why_until_it_can(world: Worl
     assert observed.error is not None
     assert (observed.error["code"], tracer.registered) == ("not-found", [])
     world.resolver.answer = _plan(1)
-    world.reconciler.handle(t.Mapped(pid=5, path="/1/app", file=t.FileKey("00:01", 1)))
+    world.reconciler.handle(t.Mapped(pid=5, path="/1/app", file=FileKey("00:01", 1)))
     await world.until(lambda: (o := world.reconciler.observed("prb_a")) and o.error is None)
     assert len(tracer.registered) == 1
 

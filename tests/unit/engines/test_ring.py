@@ -11,7 +11,7 @@ from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.capture.evaluate import read_string
 from trapline_agent.engines import ring as rings
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.tracer.messages import FetchPlan
+from trapline_agent.plans import FetchPlan
 
 WORDS = list(range(100, 127))
 

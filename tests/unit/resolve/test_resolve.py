@@ -20,10 +20,10 @@ from trapline.model import Capture, TargetState
 from trapline.spec import parse_probe
 from trapline_agent import resolve as module
 from trapline_agent.capture.program import lower
+from trapline_agent.plans import FetchPlan
 from trapline_agent.resolve import Plan, Resolver
 from trapline_agent.targets.files import file_key
 from trapline_agent.targets.maps import mappings_of
-from trapline_agent.tracer.messages import FetchPlan
 
 READY = "print('ready', flush=True); input()"
 

@@ -16,6 +16,7 @@ from tests.support import needs
 from tests.support.children import Child, python, run
 from tests.unit.symbols.programs import build
 from trapline.errors import NotFound, PermissionDenied, ResolveError
+from trapline_agent.plans import FileKey
 from trapline_agent.targets.files import file_key, open_mapped
 from trapline_agent.targets.maps import executable_mappings, mappings_of, parse_maps
 from trapline_agent.targets.process import (
@@ -28,7 +29,6 @@ from trapline_agent.targets.process import (
     require_process,
 )
 from trapline_agent.targets.selector import Selector, with_numbers
-from trapline_agent.tracer.messages import FileKey
 
 READY = "print('ready', flush=True); input()"
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trapline.errors import ProtocolError
+from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.tracer import messages as m
 
 
@@ -16,7 +17,7 @@ def test_random_bytes_are_refused(payload: bytes) -> None:
 
 
 def test_round_trip() -> None:
-    plan = m.SitePlan(site=1, file=m.FileKey("fd:01", 7), path="/x", offset=16, code=b"\x55")
+    plan = SitePlan(site=1, file=FileKey("fd:01", 7), path="/x", offset=16, code=b"\x55")
     message = m.Register(id=3, probe="p", generation=2, sites=["a", "b"], plans=[plan], where={"pid": "1"})
     frame = m.frame(message)
     length, kind = m.FRAME.unpack_from(frame)

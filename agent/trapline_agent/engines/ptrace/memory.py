@@ -16,7 +16,7 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest
-from trapline_agent.tracer.messages import SitePlan
+from trapline_agent.plans import SitePlan
 
 
 @dataclass(eq=False)
