@@ -128,12 +128,8 @@ class LinkError(Model):
     error: dict[str, Any]
 
 
-AgentMessage = Annotated[
-    Hello | Processes | Observed | Reply | Heartbeat | LinkDrops, Field(discriminator="type")
-]
-ServiceMessage = Annotated[
-    Welcome | Desired | Request | Ack | Heartbeat | LinkError, Field(discriminator="type")
-]
+AgentMessage = Annotated[Hello | Processes | Observed | Reply | Heartbeat | LinkDrops, Field(discriminator="type")]
+ServiceMessage = Annotated[Welcome | Desired | Request | Ack | Heartbeat | LinkError, Field(discriminator="type")]
 
 _agent: TypeAdapter[Hello | Processes | Observed | Reply | Heartbeat | LinkDrops] = TypeAdapter(AgentMessage)
 _service: TypeAdapter[Welcome | Desired | Request | Ack | Heartbeat | LinkError] = TypeAdapter(ServiceMessage)

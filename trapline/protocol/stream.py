@@ -104,9 +104,7 @@ class Bye(Model):
 
 
 ClientMessage = Annotated[Subscribe | Unsubscribe | Pause | Resume, Field(discriminator="type")]
-ServerMessage = Annotated[
-    Subscribed | HitItems | Status | Gap | StreamError | Bye, Field(discriminator="type")
-]
+ServerMessage = Annotated[Subscribed | HitItems | Status | Gap | StreamError | Bye, Field(discriminator="type")]
 _client: TypeAdapter[Subscribe | Unsubscribe | Pause | Resume] = TypeAdapter(ClientMessage)
 _server: TypeAdapter[Subscribed | HitItems | Status | Gap | StreamError | Bye] = TypeAdapter(ServerMessage)
 
