@@ -294,10 +294,9 @@ def test_malformed_frames_on_an_agent_s_link(bystander: Bystander, frame: str | 
             link.send(m.encode(m.Hello(instance_id="hst_intruder", link_id="lnk_1", pid=1, facts=facts)))
             assert json.loads(link.recv(TIMEOUT_S))["type"] == "welcome"
         link.send(frame)
-        said = []
+        said: list[dict[str, Any]] = []
         with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                said.append(json.loads(link.recv(TIMEOUT_S)))
+            said.extend(json.loads(answer) for answer in link)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 4400
         assert (said[-1]["type"], said[-1]["error"]["code"]) == ("error", "protocol-error")
