@@ -121,7 +121,7 @@ class PtraceEngine:
             self._started -= ending
         for old in ending:
             old.wait_gone()
-        thread = TraceThread(self)
+        thread = TraceThread(self, self.observer)
         with self._lock:
             self._started.add(thread)
         thread.start()

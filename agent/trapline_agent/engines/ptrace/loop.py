@@ -20,19 +20,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP, RSP
-from trapline_agent.engines.base import ProcessId, SiteReport
+from trapline_agent.engines.base import Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
-
-if TYPE_CHECKING:
-    from trapline_agent.engines.ptrace.engine import PtraceEngine
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +43,22 @@ _SAMPLE_MASK = 15
 
 class Ended(Exception):
     """The thread let its processes go before it took the command."""
+
+
+class Directory(Protocol):
+    """Where a tracer thread enters the processes it follows: the engine. Called on the tracer thread; must not block."""
+
+    def adopted(self, process: TracedProcess, thread: TraceThread) -> None:
+        """It follows this process from now on."""
+
+    def renamed(self, process: TracedProcess) -> None:
+        """An exec gave it another name."""
+
+    def held(self, pid: int) -> None:
+        """A launched command stands before its first instruction."""
+
+    def forgot(self, process: TracedProcess, status: int | None) -> None:
+        """It ended (wait status) or was let go (None)."""
 
 
 class _Command(Generic[T]):
@@ -79,10 +92,10 @@ class _Command(Generic[T]):
 class TraceThread(threading.Thread):
     """See the module. Methods that begin with an underscore run on the thread itself."""
 
-    def __init__(self, engine: PtraceEngine) -> None:
+    def __init__(self, engine: Directory, observer: Observer) -> None:
         super().__init__(name="trapline-trace", daemon=True)
         self._engine = engine
-        self._observer = engine.observer
+        self._observer = observer
         self._lock = threading.Lock()
         self._commands: deque[_Command[object]] = deque()
         self._wake = threading.Event()
