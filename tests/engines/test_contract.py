@@ -328,12 +328,15 @@ def test_signal_state_that_could_not_be_kept_is_refused(host: Host, targets: Tar
 def test_process_of_another_debugger_is_refused(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child:
-        with Child(["gdb", "-nx", "-q", "-p", str(child.pid)], ready=None) as gdb:
-            while not _traced(child.pid):
-                assert gdb.alive(), gdb.obituary()
+        # Its word, not TracerPid: right after the attach it forks a child to try ptrace on, which must not outlive it.
+        says = ["-ex", "python print('attached', flush=True)"]
+        with Child(["gdb", "-nx", "-q", "-p", str(child.pid), *says], ready="attached") as gdb:
             probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
             assert [(t.state, t.reason) for t in probe.targets] == [("refused", "TracedByOther")]
             assert "gdb" in probe.targets[0].message
+            gdb.send("detach")
+            gdb.send("quit")
+            assert gdb.wait() == 0
         assert altered_bytes(child.pid, [program]) == {}
 
 
