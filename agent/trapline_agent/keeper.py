@@ -163,6 +163,9 @@ class TracerKeeper:
             await (self.client.shutdown() if self.spawned else self.client.close())
             await self._kept.wait()
             self.client = None
+        elif self._process is not None:
+            # One that was just started and has not answered yet. A SIGTERM takes everything out, whatever it may hold.
+            self._process.terminate()
         if self._process is not None:
             try:
                 await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
