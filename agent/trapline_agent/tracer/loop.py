@@ -38,6 +38,8 @@ _TICK_S = 1.0
 _RECONCILE_S = 30.0
 _RECONCILE_UNHOOKED_S = 2.0
 """How often /proc is looked through when the perf stream does not work here."""
+_LOADER_GRACE_S = 0.05
+"""How long a loader may take from a mapping to its report."""
 _FIRST_AGENT_S = 60.0
 _END_COMMAND_S = 2.0
 _UCRED = struct.Struct("=iII")
@@ -71,7 +73,7 @@ class Tracer:
         self._shipper = Shipper(self._drain)
         self._hook = MappingHook(
             is_probed=lambda file: file in self._table.files(),
-            on_mapping=lambda pid: self._post(lambda: self._reconcile_pid(pid, "mmap" + ASYNC)),
+            on_mapping=lambda pid: self._post(lambda: self._mapped(pid)),
             on_unknown=lambda mapped: self._shipper.send(mapped),
             on_lost=lambda: self._post(self._reconcile_all),
         )
@@ -87,6 +89,7 @@ class Tracer:
         self._done = False
         self._next_tick = time.monotonic() + _TICK_S
         self._next_reconcile = time.monotonic() + _RECONCILE_S
+        self._mapped_due: dict[int, float] = {}
         self._selector = selectors.DefaultSelector()
         self._server = _listen(path)
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
@@ -102,12 +105,16 @@ class Tracer:
         log.info("tracer ready on %s (%s)", self._path, self._source)
         try:
             while not self._done:
-                timeout = max(0.0, min(self._next_tick, self._lease_end) - time.monotonic())
+                due = min((self._next_tick, self._lease_end, *self._mapped_due.values()))
+                timeout = max(0.0, due - time.monotonic())
                 for key, _ in self._selector.select(timeout):
                     key.data()
                 while self._news:
                     self._news.popleft()()
                 now = time.monotonic()
+                for pid in [p for p, at in self._mapped_due.items() if now >= at]:
+                    del self._mapped_due[pid]
+                    self._reconcile_pid(pid, "mmap" + ASYNC)
                 if now >= self._next_tick:
                     self._tick(now)
                 if self._lease_running and now >= self._lease_end:
@@ -234,24 +241,22 @@ class Tracer:
         self._lease_s = hello.lease_s
         self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
         assert self._connection is not None
-        self._shipper.connect(self._connection)
-        self._shipper.send(
-            m.Ready(
-                protocol=m.PROTOCOL,
-                pid=os.getpid(),
-                source=self._source,
-                engine=self._capabilities.name,
-                available=self._capabilities.available,
-                reason=self._capabilities.reason,
-                hooks=[
-                    ("fork-exec", self._capabilities.available, ""),
-                    ("loader", self._capabilities.available, ""),
-                    (self._hook.name, self._hooked, self._hook.reason),
-                    ("reconcile", True, ""),
-                ],
-                probes=[c.probe for c in self._table.consumers],
-            )
+        ready = m.Ready(
+            protocol=m.PROTOCOL,
+            pid=os.getpid(),
+            source=self._source,
+            engine=self._capabilities.name,
+            available=self._capabilities.available,
+            reason=self._capabilities.reason,
+            hooks=[
+                ("fork-exec", self._capabilities.available, ""),
+                ("loader", self._capabilities.available, ""),
+                (self._hook.name, self._hooked, self._hook.reason),
+                ("reconcile", True, ""),
+            ],
+            probes=[c.probe for c in self._table.consumers],
         )
+        self._shipper.connect(self._connection, ready)
         self._stats.clear()
 
     # --- probes ------------------------------------------------------------------------------------------------------
@@ -310,6 +315,14 @@ class Tracer:
             if command.held and command.status is None:
                 signal.pidfd_send_signal(command.pidfd, signal.SIGKILL)
         self._engine.close()
+
+    def _mapped(self, pid: int) -> None:
+        """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
+        code can run; what was mapped without the loader is looked at after a while."""
+        if self._engine.is_hooked(pid):
+            self._mapped_due.setdefault(pid, time.monotonic() + _LOADER_GRACE_S)
+        else:
+            self._reconcile_pid(pid, "mmap" + ASYNC)
 
     def _reconcile_pid(self, pid: int, cause: str) -> None:
         with contextlib.suppress(OSError):

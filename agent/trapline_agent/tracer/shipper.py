@@ -25,15 +25,18 @@ class Shipper:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._control: deque[bytes] = deque()
+        self._greeting = b""
         self._socket: socket.socket | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="trapline-ship", daemon=True)
         self._thread.start()
 
-    def connect(self, connection: socket.socket) -> None:
-        """Begins to send to an agent; what was meant for an earlier one is forgotten."""
+    def connect(self, connection: socket.socket, greeting: m.Message) -> None:
+        """Begins to send to an agent: the greeting before all else, hits that wait too. What was meant for an earlier agent
+        is forgotten."""
         with self._lock:
             self._control.clear()
+            self._greeting = m.frame(greeting)
             self._socket = connection
         self._wake.set()
 
@@ -56,22 +59,31 @@ class Shipper:
 
     def _flush(self) -> None:
         with self._lock:
-            connection = self._socket
-        if connection is None:
-            return
+            if self._socket is None:
+                return
         batches = self._drain()
         with self._lock:
+            # Another agent may have come meanwhile; what was drained is then for that one.
+            connection = self._socket
             # Hits go before the control messages that were queued meanwhile: a ``Done`` follows the hits it is about.
-            frames = [*(m.hits_frame(batch) for _, _, batch in batches), *self._control]
+            frames = [self._greeting, *(m.hits_frame(batch) for _, _, batch in batches), *self._control]
+            self._greeting = b""
             self._control.clear()
-        if not frames:
-            return
         try:
+            if connection is None:
+                raise ConnectionResetError
             connection.sendall(b"".join(frames))
         except OSError:
-            self.disconnect()  # the control thread sees the end of the connection itself
+            self._forget(connection)  # the control thread sees the end of the connection itself
             for ring, count, _ in batches:
                 ring.unsent(count)
+
+    def _forget(self, connection: socket.socket | None) -> None:
+        """Stops sending to an agent that is gone, unless another one has come."""
+        with self._lock:
+            if self._socket is connection:
+                self._socket = None
+                self._control.clear()
 
     def _run(self) -> None:
         while not self._closing:

@@ -128,6 +128,9 @@ class Table:
         if consumer is None:
             consumer = Consumer(register, ring(), Selector(register.where))
             self._consumers[register.probe] = consumer
+        with self._lock:
+            # This agent may be another one than the one that was told of them.
+            consumer.changed |= consumer.targets.keys()
         consumer.register = register
         consumer.add(register.plans)
         self._renew()
