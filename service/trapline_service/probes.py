@@ -362,7 +362,11 @@ class Probes:
 
     def presence_changed(self, host: str) -> None:
         """A host came or went."""
+        came = self._fleet.is_online(host)
         for entry in list(self._entries.values()):
+            if came:
+                # Of a former link, maybe of a former agent: nothing is armed there until this one has said so.
+                entry.observed.pop(host, None)
             if self._fleet.matches(host, entry.host_pattern):
                 self._drop_if_out(entry)
                 self._publish.add(entry.probe.id)
