@@ -22,7 +22,8 @@ from trapline.errors import ResolveError, Unsupported
 from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.symbols.index import SymbolIndex
 
-PYTHON = Path(os.path.realpath(sys.executable))
+PYTHON = Path(os.path.realpath("/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable))
+"""The system's, which has the interpreter in itself; others may have it in a library."""
 
 
 def libc() -> Path:

@@ -135,6 +135,12 @@ class PtraceEngine:
         with self._lock:
             return [p.id for p in self._processes.values()]
 
+    def is_hooked(self, pid: int) -> bool:
+        """Whether a process is followed and its dynamic loader reports to us."""
+        with self._lock:
+            process = self._processes.get(pid)
+        return process is not None and process.hooked
+
     def tick(self) -> None:
         """Tries again what could not be done before: to let go, or to arm. To be called every second or so."""
         with self._lock:

@@ -499,6 +499,7 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
         process.lingering = not memory.sites and not wanted.keep and not process.held
         process.released = process.released and process.lingering
+        process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
         self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)
 

@@ -57,6 +57,8 @@ class TracedProcess:
     """Nothing is wanted in it any more; it will be let go when that needs no stop."""
     released: bool = False
     """Lingering, and every thread was seen where nothing of ours can reach it: any stop may be its last."""
+    hooked: bool = False
+    """Its loader reports what it maps."""
     execs: int = 0
     """Images it took on since it is followed."""
     retry_at: float = 0.0
