@@ -111,7 +111,7 @@ class ProbeRun:
         return Counters(hits=now.hits, filtered=now.filtered, limited=now.limited, dropped=sum(now.drops.values()))
 
     def tracer_lost(self) -> None:
-        """The tracer ended, and its targets with it."""
+        """The tracer ended, or took everything out: its targets are gone, and its counters will begin at zero again."""
         self.past_hits += self.stats.hits if self.stats else 0
         self.stats = None
         self.targets.clear()
@@ -263,7 +263,7 @@ class Reconciler:
             # We were too slow to renew, and everything is out: bring it all up again.
             log.warning("the tracer's lease ended: registering every probe again")
             for run in self.probes.values():
-                run.tracer = None
+                run.tracer_lost()
                 run.wake.set()
         elif isinstance(event, t.Targets | t.Stats | t.Completed) and (known := self.probes.get(event.probe)):
             if isinstance(event, t.Targets):

@@ -77,7 +77,7 @@ class Header(msgspec.Struct, omit_defaults=True):
     host: str
     probe: str
     source: str
-    """The tracer instance: with ``probe`` it is what sequences count in."""
+    """One registration of the probe at one tracer: it is what sequences count in."""
     seq: int
     count: int
     t0: int

@@ -339,7 +339,8 @@ class Tracer:
     def _drain(self) -> list[tuple[HitRing, int, bytes]]:
         """On the shipper's thread."""
         with self._rings_lock:
-            consumers = [*self._table.consumers, *self._draining]
+            # A probe that was taken out and registered again: first what it had before.
+            consumers = [*self._draining, *self._table.consumers]
             self._draining.clear()
         return [
             (consumer.ring, count, batch)
@@ -347,7 +348,7 @@ class Tracer:
             for count, batch in consumer.ring.drain(
                 host=self._host,
                 probe=consumer.probe,
-                source=self._source,
+                source=consumer.source,
                 generation=consumer.register.generation,
                 sites=consumer.register.sites,
                 comms=self._engine.comms,

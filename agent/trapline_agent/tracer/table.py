@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
@@ -52,6 +53,8 @@ class Consumer:
     sinks: dict[int, Sink] = field(default_factory=dict)
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+    source: str = field(default_factory=lambda: new_id("trc"))
+    """What its hits are numbered in: a probe that is registered again begins at 0 again, in another source."""
 
     @property
     def probe(self) -> str:
