@@ -375,14 +375,17 @@ class Stack:
     def armed(self, probe: str, pid: int, timeout: float = TIMEOUT_S) -> Target:
         """Waits until a probe is armed in a process; returns that target."""
 
-        def found() -> Target | None:
-            targets = self.client.targets(probe)
-            return next((t for t in targets if t.pid == pid and t.state is TargetState.ARMED), None)
+        found: list[Target] = []
 
-        self.client.wait_for(probe, lambda _: found() is not None, timeout=timeout)
-        target = found()
-        assert target is not None
-        return target
+        def is_armed(now: Probe) -> bool:
+            # While the host is offline its targets are listed as they were.
+            if now.status.phase in (Phase.ARMED, Phase.PARTIAL):
+                targets = self.client.targets(probe)
+                found.extend(t for t in targets if t.pid == pid and t.state is TargetState.ARMED)
+            return bool(found)
+
+        self.client.wait_for(probe, is_armed, timeout=timeout)
+        return found[0]
 
     def cli(self, *args: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         """Runs the command line against this service."""
