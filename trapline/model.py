@@ -340,6 +340,8 @@ class SymbolPage(Model):
     module: str = ""
     total: int = 0
     symbols: list[Symbol] = Field(default_factory=list)
+    note: str = ""
+    """What was left out, in a sentence; empty where everything was searched."""
     error: dict[str, Any] | None = None
 
 

@@ -92,6 +92,7 @@ class Agent:
         )
         self._keeper = TracerKeeper(
             host_id=self.host_id,
+            directory=settings.state_dir,
             socket=settings.tracer_socket,
             args=settings.tracer_args,
             log_file=settings.tracer_log,
@@ -265,6 +266,7 @@ class Agent:
         self._told = None
         if welcome.service_boot_id == self._facts.boot_id and welcome.service_pid not in self._self_pids:
             self._keeper.spare(welcome.service_pid)
+            await self._look_at_processes()  # it is not eligible any more
         self._link.post("processes", self._process_list)
         for probe in self._reconciler.probes:
             self._report(probe)

@@ -1,13 +1,16 @@
 """Keeps a tracer: joins one that runs, or starts one and starts another when it dies.
 
 A tracer that the agent starts is in a session of its own: it outlives the agent's death by its lease, and takes every
-breakpoint out then. A clean stop asks it to do so at once.
+breakpoint out then. An agent that comes back before finds it at its socket in the state directory, and goes on with it. A
+clean stop asks it to take everything out at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from trapline.errors import TraplineError, Unavailable
+from trapline.errors import Conflict, ProtocolError, TraplineError, Unavailable
 from trapline_agent.tracer.client import Event, TracerClient, spawn_tracer
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,10 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 5.0
 _END_TIMEOUT_S = 10.0
+_LOCK_FILE = "agent.lock"
+_SOCKET = "tracer.sock"
+_SOCKET_PATH_BYTES = 100
+"""A little less than the 107 that a socket's path may have (unix(7))."""
 
 
 class Listener(Protocol):
@@ -47,6 +54,7 @@ class TracerKeeper:
         self,
         *,
         host_id: str,
+        directory: Path,
         socket: Path | None = None,
         args: Sequence[str] = (),
         log_file: Path | None = None,
@@ -56,6 +64,7 @@ class TracerKeeper:
         """
         Args:
             host_id: the host's id, for the headers of hit batches.
+            directory: the agent's state directory, where the socket of a tracer that is started lies.
             socket: a tracer's socket to join; None starts a tracer.
             args: further arguments for a tracer that is started.
             log_file: its log; None is our standard error.
@@ -68,7 +77,9 @@ class TracerKeeper:
         self._log_file = log_file
         self._lease_s = lease_s
         self._self_pids = [] if self_pids is None else self_pids
+        self._state = directory
         self._directory: Path | None = None
+        self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self._kept = asyncio.Event()
@@ -82,25 +93,53 @@ class TracerKeeper:
     async def start(self) -> TracerClient:
         """Starts or joins a tracer. Raises Unavailable or ProtocolError where that cannot be."""
         if self._join is not None:
-            self.client = await self._connect(self._join)
+            self.client = await self._connect(self._join, None)
         else:
-            if self._directory is None:
-                # A socket's path holds 107 bytes at most (unix(7)), so it lives in a short place of its own, mode 0700.
-                self._directory = Path(tempfile.mkdtemp(prefix="trapline-"))
-            socket = self._directory / "tracer.sock"
-            self._process = spawn_tracer(socket, log=self._log_file, args=self._args)
+            self._claim()
+            socket = self._socket()
             try:
-                self.client = await self._connect(socket)
-            except BaseException:
-                # It holds nothing yet, so it may simply be ended.
-                self._process.terminate()
-                self._process.wait(_END_TIMEOUT_S)
-                raise
+                # What an agent before us left, if its lease has not ended.
+                self.client = await self._connect(socket, None)
+                log.info("the tracer of an earlier agent is there (pid %d)", self.client.ready.pid)
+            except (Unavailable, ProtocolError):
+                self._process = spawn_tracer(socket, log=self._log_file, args=self._args)
+                try:
+                    self.client = await self._connect(socket, self._process)
+                except BaseException:
+                    # It holds nothing yet, so it may simply be ended.
+                    self._process.terminate()
+                    self._process.wait(_END_TIMEOUT_S)
+                    raise
         return self.client
 
-    async def _connect(self, socket: Path) -> TracerClient:
+    def _claim(self) -> None:
+        """Makes sure that no other agent has this state directory: two would take the tracer from one another."""
+        if self._lock is not None:
+            return
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(self._state / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Conflict(
+                f"another agent runs with the state directory {self._state}",
+                hint="end that one, or give this one a directory of its own (TRAPLINE_STATE_DIR)",
+            ) from None
+        self._lock = fd
+
+    def _socket(self) -> Path:
+        socket = self._state / _SOCKET
+        if len(os.fsencode(socket)) <= _SOCKET_PATH_BYTES:
+            return socket
+        if self._directory is None:
+            # Too long a path for a socket (unix(7)): it gets a short place of its own, which nobody finds again.
+            self._directory = Path(tempfile.mkdtemp(prefix="trapline-"))
+        return self._directory / _SOCKET
+
+    async def _connect(self, socket: Path, process: subprocess.Popen[bytes] | None) -> TracerClient:
         return await TracerClient.connect(
-            socket, host=self._host_id, lease_s=self._lease_s, self_pids=self._self_pids, process=self._process
+            socket, host=self._host_id, lease_s=self._lease_s, self_pids=self._self_pids, process=process
         )
 
     async def keep(self, listener: Listener, on_hits: Callable[[bytes], None]) -> None:
@@ -146,7 +185,7 @@ class TracerKeeper:
 
     async def _obituary(self) -> str:
         if self._process is None:
-            return f"the tracer on {self._join} closed the connection"
+            return f"the tracer on {self._join or self._socket()} closed the connection"
         try:
             status = await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -175,3 +214,6 @@ class TracerKeeper:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

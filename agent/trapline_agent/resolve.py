@@ -304,7 +304,11 @@ class Resolver:
         best: list[tuple[tuple[int, int, str], Symbol]] = []
         total = 0
         error: TraplineError | None = None
-        for file in files:
+        note = ""
+        for i, file in enumerate(files):
+            if time.monotonic() > deadline:
+                note = f"{len(files) - i} of {len(files)} files were not looked at yet; ask again, or name the file"
+                break
             try:
                 with file.open() as fd:
                     index = self._finder.index(file, fd)
@@ -314,13 +318,11 @@ class Resolver:
             matches = index.search(q)
             total += len(matches)
             best += (((m.rank, m.length, m.name), _symbol(m.symbol, file, index)) for m in matches[:limit])
-            if time.monotonic() > deadline:
-                break
         if error is not None and len(files) == 1:
             raise error
         best.sort(key=lambda scored: scored[0])
         symbols = [symbol for _, symbol in best[:limit]]
-        return SymbolPage(host=self._host_id, module=module, total=total, symbols=symbols)
+        return SymbolPage(host=self._host_id, module=module, total=total, symbols=symbols, note=note)
 
     def modules(self, pid: int = 0) -> list[Module]:
         """Returns the files that a process (0: any but Trapline's own) maps executable, those of most processes first.

@@ -262,6 +262,8 @@ def symbols(
     for page in pages:
         if page.error:
             note(f"{names.get(page.host, page.host)}: {page.error.get('detail', 'failed')}")
+        elif page.note:
+            note(f"{names.get(page.host, page.host)}: {page.note} (--module)")
     if rows:
         print_table(("SYMBOL", "MODULE", "SIZE", "BIND", "HOST"), rows)
     else:

@@ -76,7 +76,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** What runs on a host, as its agent last reported */
+        /** What runs on a host, as its agent last reported; what can be probed first */
         get: operations["listProcesses"];
         put?: never;
         post?: never;
@@ -1437,6 +1437,12 @@ export interface components {
             total: number;
             /** Symbols */
             symbols: components["schemas"]["Symbol"][];
+            /**
+             * Note
+             * @description What was left out, in a sentence; empty where everything was searched.
+             * @default
+             */
+            note: string;
             /** Error */
             error: {
                 [key: string]: unknown;
