@@ -54,7 +54,7 @@ class TracerKeeper:
         self,
         *,
         host_id: str,
-        directory: Path,
+        directory: Path | None = None,
         socket: Path | None = None,
         args: Sequence[str] = (),
         log_file: Path | None = None,
@@ -64,7 +64,8 @@ class TracerKeeper:
         """
         Args:
             host_id: the host's id, for the headers of hit batches.
-            directory: the agent's state directory, where the socket of a tracer that is started lies.
+            directory: the agent's state directory, where the socket of a tracer that is started lies; None: a place of its
+                own, which nobody finds again.
             socket: a tracer's socket to join; None starts a tracer.
             args: further arguments for a tracer that is started.
             log_file: its log; None is our standard error.
@@ -114,7 +115,7 @@ class TracerKeeper:
 
     def _claim(self) -> None:
         """Makes sure that no other agent has this state directory: two would take the tracer from one another."""
-        if self._lock is not None:
+        if self._lock is not None or self._state is None:
             return
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._state / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -129,9 +130,8 @@ class TracerKeeper:
         self._lock = fd
 
     def _socket(self) -> Path:
-        socket = self._state / _SOCKET
-        if len(os.fsencode(socket)) <= _SOCKET_PATH_BYTES:
-            return socket
+        if self._state is not None and len(os.fsencode(self._state / _SOCKET)) <= _SOCKET_PATH_BYTES:
+            return self._state / _SOCKET
         if self._directory is None:
             # Too long a path for a socket (unix(7)): it gets a short place of its own, which nobody finds again.
             self._directory = Path(tempfile.mkdtemp(prefix="trapline-"))
