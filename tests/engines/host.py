@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.ring import HitRing
@@ -160,9 +162,9 @@ def altered_bytes(pid: int, paths: Iterable[Path]) -> dict[tuple[str, int], tupl
                 with open(mapping.path, "rb") as file:
                     file.seek(mapping.offset)
                     content = file.read(length).ljust(length, b"\0")
-                for i, (a, b) in enumerate(zip(content, mapped, strict=False)):
-                    if a != b:
-                        found[mapping.path, mapping.offset + i] = (a, b)
+                ours, theirs = (np.frombuffer(part, np.uint8, len(mapped)) for part in (content, mapped))
+                for i in np.flatnonzero(ours != theirs).tolist():
+                    found[mapping.path, mapping.offset + i] = (content[i], mapped[i])
     return found
 
 
