@@ -308,7 +308,7 @@ class Process(Model):
     container: str = ""
     eligible: bool = True
     reason: str = ""
-    """Why it is not eligible: ``self``, ``kernel-thread``, ``permission``, ``traced-by-other``."""
+    """Why it is not eligible: ``Self``, ``KernelThread``, ``Zombie``, ``PermissionDenied``, ``TracedByOther``."""
 
 
 class Module(Model):

@@ -116,8 +116,8 @@ class Resolver:
         if "pid" in plan.where and (chosen := facts(int(plan.where["pid"]))) is not None:
             # What may not even be looked at can never be armed; other refusals the tracer tells of, and they may pass.
             refused = self._refusal(chosen)
-            if refused is not None and refused[0] == "permission":
-                raise PermissionDenied(refused[1], reason="permission")
+            if refused is not None and refused[0] == "PermissionDenied":
+                raise PermissionDenied(refused[1], reason="PermissionDenied")
         return plan
 
     def resolve_dry(self, spec: ProbeSpec) -> HostResolution:
@@ -259,7 +259,7 @@ class Resolver:
                     continue
                 process, refused = seen[pid]
                 if refused is None and (mapping.writable or mapping.shared):
-                    refused = "writable-mapping", f"{site.path} is mapped writable or shared there ({mapping.prot})"
+                    refused = "WritableMapping", f"{site.path} is mapped writable or shared there ({mapping.prot})"
                 target = _target(self._host_id, process, plan.sites[site.site], site, refused)
                 target.addr = 0 if refused else mapping.addr(site.offset) or 0
                 targets.append(target)
@@ -271,14 +271,14 @@ class Resolver:
             refused = self._refusal(chosen) if chosen else None
             if chosen and refused and selector.matches(chosen, parents):
                 targets.append(_target(self._host_id, chosen, plan.sites[0], plan.plans[0], refused))
-        if "pid" not in plan.where and all(t.reason == "self" for t in targets):
+        if "pid" not in plan.where and all(t.reason == "Self" for t in targets):
             return []  # Trapline alone maps it: nobody asked for that, and others may come
         return targets
 
     def _refusal(self, process: ProcessFacts) -> tuple[str, str] | None:
         refused = ineligible(process, self._self_pids, self.tracer_pid)
         if refused is None and _is_32_bit(process.pid):
-            refused = "32-bit", f"process {process.pid} runs 32-bit code, which this release does not probe"
+            refused = "ThirtyTwoBit", f"process {process.pid} runs 32-bit code, which this release does not probe"
         return refused
 
     # --- questions

@@ -520,7 +520,7 @@ def _hopeless(answer: HostResolution) -> TraplineError | None:
         return peer_error(refused[0])
     if answer.targets and all(t.state == TargetState.REFUSED for t in answer.targets):
         target = answer.targets[0]
-        kind = PermissionDenied if "permission" in target.reason.lower() else Unsupported
+        kind = PermissionDenied if target.reason == "PermissionDenied" else Unsupported
         return kind(
             target.message or f"process {target.pid} ({target.comm}) cannot be probed: {target.reason}",
             reason=target.reason,

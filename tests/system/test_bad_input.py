@@ -95,9 +95,9 @@ def refused(stack: Stack, probe: str, **body: Any) -> Problem:
         ("libc.so.6:getppid @ pid=1x", 422, "spec-invalid", "", "1x"),
         ("libc.so.6 getppid", 422, "spec-invalid", "", ""),
         ("libc.so.6:getppid @ pid={pid}, host=elsewhere", 503, "unavailable", "NoHostOnline", "elsewhere"),
-        ("libc.so.6:getppid @ pid={service}", 422, "unsupported", "self", "never probes itself"),
-        ("libc.so.6:getppid @ pid={agent}", 422, "unsupported", "self", "never probes itself"),
-        ("libc.so.6:getppid @ pid={tracer}", 422, "unsupported", "self", "never probes itself"),
+        ("libc.so.6:getppid @ pid={service}", 422, "unsupported", "Self", "never probes itself"),
+        ("libc.so.6:getppid @ pid={agent}", 422, "unsupported", "Self", "never probes itself"),
+        ("libc.so.6:getppid @ pid={tracer}", 422, "unsupported", "Self", "never probes itself"),
     ],
 )
 def test_a_probe_that_cannot_be(
@@ -115,7 +115,7 @@ def test_a_probe_that_cannot_be(
     assert (problem.status, problem.code, problem.reason) == (status, code, reason), problem
     assert says.format(**names) in problem.detail
     # Trapline itself is the one thing for which there is nothing to do.
-    assert problem.suggestions or problem.hint or problem.caret or problem.reason == "self", "what to do next"
+    assert problem.suggestions or problem.hint or problem.caret or problem.reason == "Self", "what to do next"
     bystander.check()
 
 
@@ -150,7 +150,7 @@ def test_a_process_that_gdb_traces(bystander: Bystander) -> None:
         gdb = ["gdb", "--nx", "-q", "-p", str(target.pid), "-ex", "echo attached\\n"]
         with Child(gdb, ready="attached") as debugger, untouched_code(target.pid):
             problem = refused(stack, f"{GETPPID} @ pid={target.pid}")
-            assert (problem.status, problem.code, problem.reason) == (422, "unsupported", "traced-by-other"), problem
+            assert (problem.status, problem.code, problem.reason) == (422, "unsupported", "TracedByOther"), problem
             assert "gdb" in problem.detail
             bystander.check()
             debugger.send("detach")
@@ -177,7 +177,7 @@ def test_a_process_that_the_tracer_may_not_trace(bystander: Bystander) -> None:
     with Stack(user=AS_NOBODY) as stack, caller() as roots, caller(prefix=AS_NOBODY) as own:
         with untouched(roots.pid):
             problem = refused(stack, f"{GETPPID} @ pid={roots.pid}")
-            assert (problem.status, problem.code, problem.reason) == (422, "permission-denied", "permission"), problem
+            assert (problem.status, problem.code, problem.reason) == (422, "permission-denied", "PermissionDenied"), problem
             assert "CAP_SYS_PTRACE" in f"{problem.detail} {problem.hint}"
             assert stack.client.probes() == []
             roots.ask("call 10")

@@ -59,7 +59,7 @@ def kill(child: Child) -> None:
 
 
 def test_the_agent_is_killed_and_the_lease_ends() -> None:
-    with caller() as busy, untouched(busy.pid), armed(lease_s=2.0) as (stack, target, probe):
+    with caller() as busy, untouched(busy.pid), armed(lease_s=3.0) as (stack, target, probe):
         beside = stack.arm(f"{GETPPID} @ pid={busy.pid}")
         target.ask("call 100")
         stack.exactly(probe.id, 100)
@@ -85,7 +85,7 @@ def test_the_agent_is_killed_and_the_lease_ends() -> None:
 
 
 def wait_untraced(target: Child) -> None:
-    """Waits until nobody traces a process: the next stop of it is its end, which pidfd tells, or else /proc does."""
+    """Waits until nobody traces a process any more; it answers all the while."""
     while any(procfs.tracer(tid) for tid in procfs.tasks(target.pid)):
         target.ask("call 0")
 
@@ -231,7 +231,7 @@ def test_trapline_is_never_its_own_target(tmp_path: Path) -> None:
         listed = {p.pid: p for p in stack.client.processes(stack.host)}
         for pid in trapline:
             assert breakpoints(pid) == []
-            assert (listed[pid].eligible, listed[pid].reason) == (False, "self")
+            assert (listed[pid].eligible, listed[pid].reason) == (False, "Self")
         assert str(libc) in breakpoints(target.pid)
         with Subscription(stack, [probe.id]) as stream:
             target.ask("open " + " ".join(f"/proc/self/fd/{n}" for n in range(200)))

@@ -33,10 +33,10 @@ def process(pid: int, comm: str, **fields: Any) -> Process:
 
 PROCESSES = [
     process(1, "systemd", cmdline="/sbin/init"),
-    process(2, "kthreadd", eligible=False, reason="kernel-thread"),
+    process(2, "kthreadd", eligible=False, reason="KernelThread"),
     process(70, "nginx", cmdline="nginx: master process"),
     process(71, "nginx", cmdline="nginx: worker process", threads=4),
-    process(90, "trapline-agent", eligible=False, reason="self"),
+    process(90, "trapline-agent", eligible=False, reason="Self"),
 ]
 
 

@@ -218,22 +218,22 @@ def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int
         A stable reason and a sentence, or None where it can be.
     """
     if target.pid in self_pids or target.pid == tracer_pid:
-        return "self", "Trapline never probes itself"
+        return "Self", "Trapline never probes itself"
     if target.kernel_thread:
-        return "kernel-thread", "a kernel thread has no user code"
+        return "KernelThread", "a kernel thread has no user code"
     if target.zombie:
-        return "zombie", f"process {target.pid} has ended and waits for its parent"
+        return "Zombie", f"process {target.pid} has ended and waits for its parent"
     if target.tracer_pid and target.tracer_pid != tracer_pid and target.tracer_pid not in self_pids:
         other = facts(target.tracer_pid)
         name = f" ({other.comm})" if other else ""
-        return "traced-by-other", f"process {target.pid} is traced by process {target.tracer_pid}{name}; end that first"
+        return "TracedByOther", f"process {target.pid} is traced by process {target.tracer_pid}{name}; end that first"
     if not may_trace(target, tracer_pid):
         mine = target.uid == os.getuid() and _yama_scope()
         why = f"kernel.yama.ptrace_scope is {_yama_scope()}" if mine else f"it is user {target.uid}'s"
         if target.hidden and not os.geteuid():
             why = "the kernel protects it from this user too"
         hint = "run the tracer as root or with CAP_SYS_PTRACE"
-        return "permission", f"process {target.pid} may not be traced: {why}; {hint}"
+        return "PermissionDenied", f"process {target.pid} may not be traced: {why}; {hint}"
     return None
 
 

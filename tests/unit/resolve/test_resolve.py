@@ -324,7 +324,7 @@ def test_a_tree_is_a_process_and_its_descendants(resolver: Resolver) -> None:
 
 def test_trapline_itself_is_refused(resolver: Resolver) -> None:
     answer = resolver.resolve_dry(parse_probe(f"{libc()}:malloc @ pid={os.getpid()}"))
-    assert [(t.state, t.reason, t.addr) for t in answer.targets] == [(TargetState.REFUSED, "self", 0)]
+    assert [(t.state, t.reason, t.addr) for t in answer.targets] == [(TargetState.REFUSED, "Self", 0)]
 
 
 @needs.gcc
@@ -346,7 +346,7 @@ def test_a_process_that_another_debugger_holds(resolver: Resolver) -> None:
         # This process is Trapline for the resolver; a stranger sees its tracee as another's.
         assert [t.state for t in answer.targets] == [TargetState.ARMED]
         answer = Resolver("hst_1", "box", set(), 0).resolve_dry(parse_probe(f"{libc()}:malloc @ pid={child.pid}"))
-        assert [(t.state, t.reason) for t in answer.targets] == [(TargetState.REFUSED, "traced-by-other")]
+        assert [(t.state, t.reason) for t in answer.targets] == [(TargetState.REFUSED, "TracedByOther")]
         assert answer.error is None
 
 
@@ -355,10 +355,10 @@ def test_kernel_threads(resolver: Resolver) -> None:
     kernel = next((p for p in os.listdir("/proc") if p.isdigit() and _is_kernel_thread(p)), None)
     if kernel is None:
         answer = resolver.resolve_dry(parse_probe(f"{libc()}:malloc"))  # a pid namespace of its own: there are none
-        assert all(t.reason != "kernel-thread" for t in answer.targets)
+        assert all(t.reason != "KernelThread" for t in answer.targets)
         return
     answer = resolver.resolve_dry(parse_probe(f"{libc()}:malloc @ pid={kernel}"))
-    assert [(t.state, t.reason) for t in answer.targets] == [(TargetState.REFUSED, "kernel-thread")]
+    assert [(t.state, t.reason) for t in answer.targets] == [(TargetState.REFUSED, "KernelThread")]
 
 
 def _is_kernel_thread(pid: str) -> bool:
@@ -377,7 +377,7 @@ m = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRI
     with python(code + READY) as child:
         answer = resolver.resolve_dry(parse_probe(f"{path}:0x{offset:x}"))
         assert [(t.pid, t.state, t.reason) for t in answer.targets] == [
-            (child.pid, TargetState.REFUSED, "writable-mapping")
+            (child.pid, TargetState.REFUSED, "WritableMapping")
         ]
 
 

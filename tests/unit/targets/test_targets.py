@@ -161,7 +161,7 @@ def test_a_zombie_and_a_leader_that_ended_before_its_threads() -> None:
     found = facts(child.pid)
     assert found is not None
     assert found.zombie
-    assert ineligible(found, ())[0] == "zombie"  # type: ignore[index]
+    assert ineligible(found, ())[0] == "Zombie"  # type: ignore[index]
     assert executable_mappings(child.pid) == []
     child.kill()
     code = """
@@ -183,14 +183,14 @@ ctypes.CDLL(None).syscall(60, 0)
 def test_why_a_process_cannot_be_probed() -> None:
     me = facts(os.getpid())
     assert me is not None
-    assert ineligible(me, {os.getpid()})[0] == "self"  # type: ignore[index]
+    assert ineligible(me, {os.getpid()})[0] == "Self"  # type: ignore[index]
     with python(READY) as child:
         found = facts(child.pid)
         assert found is not None
-        assert ineligible(found, {child.pid})[0] == "self"  # type: ignore[index]
-        assert ineligible(found, (), tracer_pid=child.pid)[0] == "self"  # type: ignore[index]
-        assert ineligible(found._replace(kernel_thread=True), ())[0] == "kernel-thread"  # type: ignore[index]
-        assert ineligible(found._replace(hidden=True), ())[0] == "permission"  # type: ignore[index]
+        assert ineligible(found, {child.pid})[0] == "Self"  # type: ignore[index]
+        assert ineligible(found, (), tracer_pid=child.pid)[0] == "Self"  # type: ignore[index]
+        assert ineligible(found._replace(kernel_thread=True), ())[0] == "KernelThread"  # type: ignore[index]
+        assert ineligible(found._replace(hidden=True), ())[0] == "PermissionDenied"  # type: ignore[index]
 
 
 @needs.ptrace_any
@@ -210,10 +210,10 @@ def test_another_tracer_is_seen() -> None:
         found = facts(child.pid)
         assert found is not None
         reason, message = ineligible(found, ()) or ("", "")
-        assert reason == "traced-by-other"
+        assert reason == "TracedByOther"
         assert str(os.getpid()) in message
         ours = ineligible(found, (), tracer_pid=os.getpid())
-        assert ours is None or ours[0] == "permission"
+        assert ours is None or ours[0] == "PermissionDenied"
 
 
 def test_the_list() -> None:
@@ -224,7 +224,7 @@ def test_the_list() -> None:
         assert found.id.endswith(f":{child.pid}:{found.start_time}")
         assert re.search(r"-c print\('ready'", found.cmdline)
         assert found.user
-        assert (me.eligible, me.reason) == (False, "self")
+        assert (me.eligible, me.reason) == (False, "Self")
         assert found.model_dump_json()
         theirs = {int(line) for line in run(["ps", "-e", "-o", "pid="]).stdout.split()}
         assert {os.getpid(), child.pid, 1} <= set(listed) & theirs

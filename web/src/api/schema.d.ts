@@ -1142,7 +1142,7 @@ export interface components {
             eligible: boolean;
             /**
              * Reason
-             * @description Why it is not eligible: ``self``, ``kernel-thread``, ``permission``, ``traced-by-other``.
+             * @description Why it is not eligible: ``Self``, ``KernelThread``, ``Zombie``, ``PermissionDenied``, ``TracedByOther``.
              * @default
              */
             reason: string;
