@@ -110,13 +110,14 @@ class Tracer:
                 for key, _ in self._selector.select(timeout):
                     key.data()
                 while self._news:
-                    self._news.popleft()()
+                    self._safely(self._news.popleft())
                 now = time.monotonic()
                 for pid in [p for p, at in self._mapped_due.items() if now >= at]:
                     del self._mapped_due[pid]
-                    self._reconcile_pid(pid, "mmap" + ASYNC)
+                    self._safely(lambda pid=pid: self._reconcile_pid(pid, "mmap" + ASYNC))  # type: ignore[misc]
                 if now >= self._next_tick:
-                    self._tick(now)
+                    self._next_tick = now + _TICK_S
+                    self._safely(lambda now=now: self._tick(now))  # type: ignore[misc]
                 if self._lease_running and now >= self._lease_end:
                     self._end_lease()
         finally:
@@ -125,6 +126,13 @@ class Tracer:
             self._shipper.close()
             self._hook.close()
             self._path.unlink(missing_ok=True)
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        """Does what nobody waits for; a failure must not end the process that holds the traps."""
+        try:
+            work()
+        except Exception:
+            log.exception("the tracer failed; it goes on")
 
     def _post(self, work: Callable[[], None]) -> None:
         self._news.append(work)
@@ -374,7 +382,6 @@ class Tracer:
             self._shipper.send(m.Targets(probe=probe, targets=targets))
 
     def _tick(self, now: float) -> None:
-        self._next_tick = now + _TICK_S
         self._engine.tick()
         for consumer in self._table.consumers:
             stats = self._stats_of(consumer)

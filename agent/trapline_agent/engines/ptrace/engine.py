@@ -18,6 +18,8 @@ from trapline_agent.kernel import procfs, ptrace
 log = logging.getLogger(__name__)
 
 _HOLD_TIMEOUT_S = 10.0
+_MAX_COMMS = 8192
+"""Names of processes that are remembered, of ended ones too: hits are drained later than they are made."""
 
 
 class PtraceEngine:
@@ -148,8 +150,10 @@ class PtraceEngine:
         for process in retry:
             self.reconcile(process, "reconcile")
         with self._lock:
-            threads = {self._threads[p.id.pid] for p in self._processes.values() if p.lingering and not p.released}
+            idle = [p.id.pid for p in self._processes.values() if p.lingering and not p.released]
+            threads = {self._threads.get(pid) for pid in idle} - {None}
         for thread in threads:
+            assert thread is not None
             with contextlib.suppress(Ended):
                 thread.call(lambda: None)
 
@@ -210,6 +214,10 @@ class PtraceEngine:
             self._threads[process.id.pid] = thread
             self._processes[process.id.pid] = process
         self.comms[process.id.pid] = process.comm
+        if len(self.comms) > _MAX_COMMS:
+            # Those that ended long ago: their hits have been drained.
+            for pid in [p for p in list(self.comms)[: _MAX_COMMS // 2] if p not in self._processes]:
+                self.comms.pop(pid, None)
 
     def renamed(self, process: TracedProcess) -> None:
         self.comms[process.id.pid] = process.comm
