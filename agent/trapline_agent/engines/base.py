@@ -94,6 +94,9 @@ class Observer(Protocol):
         """Says what is wanted in a process, by its mappings now. ``parent`` is given at a fork. Raises ProcessLookupError
         when it is gone."""
 
+    def is_wanted(self, plan: SitePlan) -> bool:
+        """Says whether anybody wants an instruction in any process; needs to look at none."""
+
     def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         """Takes what changed in a process."""
 

@@ -75,6 +75,24 @@ def signal_sets(tid: int) -> tuple[int, int, int]:
     return int(fields["SigBlk"], 16), int(fields["SigIgn"], 16), int(fields["SigCgt"], 16)
 
 
+def has_ended(pid: int, tid: int) -> bool:
+    """Whether a thread is a zombie or gone: a leader may be while the others run on."""
+    try:
+        return stat_fields(pid, tid)[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
+def live_task(pid: int) -> int:
+    """Returns a thread of a process that has not ended: its leader, or another. Raises ProcessLookupError."""
+    if not has_ended(pid, pid):
+        return pid
+    for tid in tasks(pid):
+        if not has_ended(pid, tid):
+            return tid
+    raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
+
+
 def tracer(tid: int) -> int:
     """Returns the thread id of a thread's tracer, 0 where it has none. (TracerPid names the tracing thread, not its
     process: fs/proc/array.c, task_state.)"""

@@ -294,6 +294,12 @@ class Table:
         if changed:
             self._on_change()
 
+    def is_wanted(self, plan: SitePlan) -> bool:
+        now = self._now
+        if now.consumers and plan.file in now.loaders and now.loaders[plan.file].offset == plan.offset:
+            return True
+        return any(other.offset == plan.offset for other, _ in now.by_file.get(plan.file, ()))
+
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
         for other, consumer in self._now.by_file.get(plan.file, ()):
             if other.offset == plan.offset:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
+from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 
@@ -35,6 +36,7 @@ class PtraceEngine:
         self._processes: dict[int, TracedProcess] = {}
         self._started: set[TraceThread] = set()
         """Tracer threads that run, or have ended and were not waited for."""
+        self._reaper = Reaper()
         self._retry: set[ProcessId] = set()
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
@@ -81,6 +83,9 @@ class PtraceEngine:
             except TimeoutError as e:
                 self._busy(process, cause, str(e))
                 return
+            except OSError:
+                log.exception("process %d cannot be brought to what is wanted", process.pid)
+                return
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
         with self._lock:
@@ -123,7 +128,7 @@ class PtraceEngine:
             self._started -= ending
         for old in ending:
             old.wait_gone()
-        thread = TraceThread(self, self.observer)
+        thread = TraceThread(self, self.observer, self._reaper)
         with self._lock:
             self._started.add(thread)
         thread.start()
@@ -158,12 +163,14 @@ class PtraceEngine:
                 thread.call(lambda: None)
 
     def close(self) -> None:
-        """Expects the observer to want nothing any more; returns when every thread has let its processes go."""
-        for process in self.processes():
-            self.reconcile(process, "reconcile")
+        """See ``Engine``; takes everything out, whatever the observer wants. Returns when every thread has let its processes
+        go."""
         with self._lock:
             threads = set(self._started)
             self._started.clear()
+        for thread in threads:
+            with contextlib.suppress(Ended):
+                thread.call(thread.take_out)
         for thread in threads:
             while thread.is_alive():
                 with contextlib.suppress(Ended):

@@ -17,14 +17,16 @@ import time
 from collections.abc import Callable
 
 from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
 
 SETTLE_S = 2.0
 """How long a process may take to settle."""
-_LOOKS = 20
-"""Looks at a running thread before it is interrupted: most block in between, and then need not be."""
+_SETTLE_THREAD_S = 0.02
+_PATIENCE_S = 0.002
+"""How long a running thread is only looked at before it is interrupted: most block in between, and then need not be."""
 
 
 class Group:
@@ -33,16 +35,19 @@ class Group:
     def __init__(
         self,
         waiter: ptrace.Waiter,
+        reaper: Reaper,
         serve: Callable[[int, int], None],
         adopted: Callable[[TracedProcess], None],
     ) -> None:
         """
         Args:
             waiter: of the tracer thread.
+            reaper: of the engine.
             serve: handles (tid, wait status) of a stop that comes while settling.
             adopted: told of each process that joined.
         """
         self._waiter = waiter
+        self._reaper = reaper
         self._serve = serve
         self._adopted = adopted
         self.processes: dict[int, TracedProcess] = {}
@@ -50,29 +55,44 @@ class Group:
         """By tid, of all processes."""
 
     def seize(self, process: TracedProcess) -> bool:
-        """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize."""
+        """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize.
+
+        Raises:
+            ProcessLookupError: it is gone.
+            PermissionError: the kernel says no.
+        """
+        with self._reaper.seizing(process.id.pid) as reaped:
+            seized = self._seize(process)
+        for tid in reaped:
+            self.threads.pop(tid, None)
+            process.drop(tid)
+        return seized
+
+    def _seize(self, process: TracedProcess) -> bool:
         pid = process.id.pid
         seized = False
+        ended: set[int] = set()
         while True:
-            new = [t for t in procfs.tasks(pid) if t not in process.threads]
+            new = [t for t in procfs.tasks(pid) if t not in process.threads and t not in ended]
             if not new:
                 return seized
             for tid in new:
                 try:
                     ptrace.seize(tid)
-                except ProcessLookupError:
-                    if tid == pid:
-                        raise
-                    continue
-                except PermissionError:
-                    if tid == pid or procfs.tracer(tid) != threading.get_native_id():
-                        raise
-                    continue  # a clone that the kernel attached for us: its first stop will tell
+                except OSError:
+                    if procfs.has_ended(pid, tid):
+                        ended.add(tid)
+                        if tid == pid:
+                            procfs.live_task(pid)
+                        continue
+                    if tid != pid and self.is_ours(tid):
+                        continue  # a clone that the kernel attached for us: its first stop will tell
+                    raise
                 self.threads[tid] = process.add(tid)
                 seized = True
             if procfs.start_time(pid) != process.id.start_time:
                 raise ProcessLookupError(f"process {pid} was replaced by another of that number")
-            if all(t in process.threads or self.is_ours(t) for t in procfs.tasks(pid)):
+            if all(t in process.threads or t in ended or self.is_ours(t) for t in procfs.tasks(pid)):
                 return seized
 
     def is_ours(self, tid: int) -> bool:
@@ -107,17 +127,27 @@ class Group:
             if not self.settle(process):
                 raise TimeoutError(f"a thread of process {process.id.pid} stays inside fork, clone or execve")
 
-    def settle(self, process: TracedProcess) -> bool:
-        """Waits until every thread was seen outside of fork and clone, and outside of traps and slots, since now.
+    def settle(self, process: TracedProcess, *, again: bool = True) -> bool:
+        """Waits until every thread was seen outside of fork and clone, and outside of traps and slots.
 
         A fork that began before the seize is not followed, and its child would inherit a byte written meanwhile. Blocked
-        threads are only looked at; running and forking ones are interrupted after some looks.
+        threads are only looked at; running and forking ones are interrupted after a moment.
+
+        Args:
+            process: one of ours.
+            again: since now; else since the last write is enough, so that a try that ran out of time is gone on with.
+
+        Returns:
+            Whether it did within ``SETTLE_S`` and a little for each thread.
         """
         pid = process.id.pid
-        for thread in process.threads.values():
-            thread.settled = thread.held
-        deadline = time.monotonic() + SETTLE_S
-        looks = 0
+        if again or process.dirty:
+            for thread in process.threads.values():
+                thread.settled = thread.held
+            process.dirty = False
+        started = time.monotonic()
+        deadline = started + SETTLE_S + _SETTLE_THREAD_S * len(process.threads)
+        patient = True
         while True:
             pending = [t for t in process.threads.values() if not t.settled]
             if not pending:
@@ -132,8 +162,10 @@ class Group:
                     place = Whereabouts.STOPPED
                 if place is Whereabouts.BLOCKED:
                     thread.settled = True
-                elif looks <= _LOOKS or place is Whereabouts.EXECUTING:
+                elif patient or place is Whereabouts.EXECUTING:
                     continue
+                elif place is Whereabouts.STOPPED and procfs.has_ended(pid, thread.tid):
+                    thread.settled = True  # a zombie: the leader, whose end is reported when the others have gone
                 elif place is Whereabouts.FORKING and self._is_followed_vfork(process, thread):
                     thread.settled = True
                 elif not thread.interrupted:
@@ -143,10 +175,11 @@ class Group:
                         ptrace.interrupt(thread.tid)
             while (change := self._waiter.wait(block=False))[0] > 0:
                 self._serve(*change)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 return False
-            looks += 1
-            os.sched_yield() if looks <= _LOOKS else time.sleep(0.0002)
+            patient = now - started < _PATIENCE_S
+            os.sched_yield() if patient else time.sleep(0.0002)
 
     def _is_followed_vfork(self, process: TracedProcess, thread: Thread) -> bool:
         """Whether a thread waits for its vfork's child, and that is followed: then nothing untraced is on its way."""
@@ -181,7 +214,11 @@ class Group:
         """Follows a process that has the address space of one that is followed here."""
         memory = self.processes[sharer].memory
         child = TracedProcess.open(pid, memory)
-        self.seize(child)
+        try:
+            self.seize(child)
+        except OSError:
+            self.abandon(child)
+            raise
         # An exec before the seize was not reported; after it, it will be.
         if ptrace.same_address_space(pid, sharer):
             memory.users += 1
@@ -192,3 +229,9 @@ class Group:
 
     def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
         return [p for p in self.processes.values() if p.memory is memory]
+
+    def abandon(self, process: TracedProcess) -> None:
+        """Forgets the threads of a process that could not be followed whole."""
+        for tid in list(process.threads):
+            self.threads.pop(tid, None)
+            process.drop(tid)

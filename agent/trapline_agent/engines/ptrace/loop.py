@@ -23,11 +23,12 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
-from trapline_agent.arch.x86_64.registers import RIP, RSP
+from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace
-from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper
+from trapline_agent.engines.ptrace.reaper import Reaper
+from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 
@@ -92,7 +93,7 @@ class _Command(Generic[T]):
 class TraceThread(threading.Thread):
     """See the module. Methods that begin with an underscore run on the thread itself."""
 
-    def __init__(self, engine: Directory, observer: Observer) -> None:
+    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper) -> None:
         super().__init__(name="trapline-trace", daemon=True)
         self._engine = engine
         self._observer = observer
@@ -105,8 +106,10 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
-        self._group = Group(self._waiter, self._handle, lambda process: engine.adopted(process, self))
-        self._fork_parents: dict[int, int] = {}
+        self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
+        self._fork_parents: dict[int, TracedProcess] = {}
+        """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
+        self._forgotten: deque[TracedProcess] = deque(maxlen=16)
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
 
@@ -144,7 +147,7 @@ class TraceThread(threading.Thread):
             while not self._finished():
                 tid, status = self._waiter.wait()
                 if tid > 0:
-                    self._handle(tid, status)
+                    self._serve(tid, status)
                 elif tid < 0:
                     for process in list(self._group.processes.values()):
                         self._forget(process, None)
@@ -154,7 +157,7 @@ class TraceThread(threading.Thread):
                 self._release_idle()
         except BaseException:
             log.exception("tracer thread failed; its processes are let go")
-            self._emergency()
+            self.take_out()
             raise
         finally:
             with self._lock:
@@ -165,6 +168,18 @@ class TraceThread(threading.Thread):
                 self._forget(process, None)
             for command in rest:
                 command.fail(Ended())
+
+    def _serve(self, tid: int, status: int) -> None:
+        """Serves a stop, and with several threads all others that wait too, in turn: waitpid goes by the kernel's list, and
+        one thread's next hit would overtake the others for ever."""
+        if len(self._group.threads) <= 2:
+            self._handle(tid, status)
+            return
+        changes = [(tid, status)]
+        while (change := self._waiter.wait(block=False))[0] > 0:
+            changes.append(change)
+        for change in changes:
+            self._handle(*change)
 
     def _finished(self) -> bool:
         with self._lock:
@@ -179,9 +194,20 @@ class TraceThread(threading.Thread):
     def _expects_children(self) -> bool:
         """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
         for tid in list(self._fork_parents):
-            if not os.path.exists(f"/proc/{tid}") or tid in self._group.threads:
+            # Its first stop may have come before its parent's event, and it may have been let go since.
+            if tid in self._group.threads or not self._is_mine(tid):
                 del self._fork_parents[tid]
+        if not self._fork_parents:
+            # A parent that is killed in its fork tells of no child.
+            for entry in os.listdir("/proc"):
+                if entry.isdigit() and int(entry) not in self._group.threads and self._is_mine(int(entry)):
+                    return True
         return bool(self._fork_parents)
+
+    def _is_mine(self, tid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return procfs.tracer(tid) == self.native_id
+        return False
 
     def _take_commands(self) -> None:
         self._wake.clear()
@@ -192,11 +218,14 @@ class TraceThread(threading.Thread):
                 command = self._commands.popleft()
             command.execute()
 
-    def _emergency(self) -> None:
-        """Takes every byte out, whatever else is wrong."""
+    def take_out(self) -> None:
+        """Takes every byte out and lets every process go, whatever is wanted. On this thread; asks /proc nothing."""
         for process in self._group.processes.values():
             for site in list(process.memory.sites.values()):
-                process.memory.disarm(site, mapped=True)
+                process.memory.disarm(site)
+                process.dirty = True
+            process.held = False
+            process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
         """Serves one change of state. A failure here must not leave a thread stopped."""
@@ -210,7 +239,21 @@ class TraceThread(threading.Thread):
         except Exception:
             log.exception("serving thread %d failed", tid)
             with contextlib.suppress(OSError):
-                ptrace.cont(tid)
+                self._let_go_on(tid, status)
+
+    def _let_go_on(self, tid: int, status: int) -> None:
+        """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
+        if not os.WIFSTOPPED(status):
+            return
+        sig = os.WSTOPSIG(status) if status >> 16 == 0 else 0
+        if sig == signal.SIGTRAP and self._registers.signal_code(tid) == ptrace.SI_KERNEL:
+            self._registers.load(tid)
+            thread = self._group.threads.get(tid)
+            at = self._words[RIP] - 1
+            if thread is not None and (at in thread.process.memory.sites or at in thread.process.memory.former):
+                ptrace.poke_user(tid, 8 * RIP, at)
+                sig = 0
+        ptrace.cont(tid, sig)
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
@@ -227,7 +270,7 @@ class TraceThread(threading.Thread):
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
-        if thread.uncounted is not None and thread.uncounted == (addr, words[RSP]):
+        if thread.uncounted is not None and thread.uncounted == state_of(words):
             thread.uncounted = None
         else:
             pid, fd = thread.process.id.pid, memory.fd
@@ -248,7 +291,8 @@ class TraceThread(threading.Thread):
         code = self._registers.signal_code(thread.tid)
         memory = thread.process.memory
         thread.settled = True
-        if code == ptrace.SI_KERNEL and addr in memory.former and not memory.has_breakpoint(addr):
+        former = memory.former.get(addr) if code == ptrace.SI_KERNEL else None
+        if former is not None and memory.restored(former):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
@@ -271,7 +315,7 @@ class TraceThread(threading.Thread):
             return
         stop, event = os.WSTOPSIG(status), status >> 16
         if thread is None:
-            self._newborn(tid)
+            self._newborn(tid, stop)
         elif event == 0:
             thread.settled = True
             self._deliver(thread, stop)
@@ -291,7 +335,7 @@ class TraceThread(threading.Thread):
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
                 if child not in self._group.threads:
-                    self._fork_parents[child] = thread.process.id.pid
+                    self._fork_parents[child] = thread.process
             self._resume(thread)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
@@ -302,14 +346,15 @@ class TraceThread(threading.Thread):
         process = thread.process
         process.drop(tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
-        if tid == process.id.pid:
+        # One that ended before it was followed is not reported at all.
+        if tid == process.id.pid or not process.threads:
             self._forget(process, status)
 
-    def _newborn(self, tid: int) -> None:
+    def _newborn(self, tid: int, stop: int) -> None:
         """The first stop of a thread or child that the kernel attached for us."""
         fields = procfs.status(tid, "Tgid", "PPid")
         pid = int(fields["Tgid"])
-        parent_pid = self._fork_parents.pop(tid, int(fields["PPid"]))
+        known_parent = self._fork_parents.pop(tid, None)
         process = self._group.processes.get(pid)
         if process is not None:
             thread = self._group.threads[tid] = process.add(tid)
@@ -317,9 +362,12 @@ class TraceThread(threading.Thread):
             if process.memory.sites:
                 mask = ptrace.signal_mask(tid)
                 thread.blocked = mask if mask & TRAP_BIT else 0
-            self._resume(thread)
+            if stop in _GROUP_STOPS and not process.released:
+                ptrace.listen(tid)
+            else:
+                self._resume(thread)
             return
-        parent = self._group.processes.get(parent_pid) or self._likely_parent(pid)
+        parent = known_parent or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
         if parent is None:
             ptrace.detach(tid)
             return
@@ -327,14 +375,13 @@ class TraceThread(threading.Thread):
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
-        for process in self._group.processes.values():
-            if process.memory.sites:
-                probe = AddressSpace(pid)
-                try:
-                    if any(probe.has_breakpoint(a) for a in process.memory.sites):
-                        return process
-                finally:
-                    probe.close()
+        probe = AddressSpace(pid)
+        try:
+            for process in (*self._group.processes.values(), *self._forgotten):
+                if any(probe.has_breakpoint(a) for a in (*process.memory.sites, *process.memory.former)):
+                    return process
+        finally:
+            probe.close()
         return next(iter(self._group.processes.values()), None)
 
     def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
@@ -372,7 +419,7 @@ class TraceThread(threading.Thread):
         thread = process.threads[tid]
         thread.settled = True
         thread.uncounted = None
-        thread.close()
+        thread.interrupted = False
         gone = [SiteReport(s.addr, s.plan, "gone") for s in process.memory.sites.values() if not s.is_hook]
         old, process.memory = process.memory, AddressSpace(tid)
         old.close()
@@ -393,6 +440,8 @@ class TraceThread(threading.Thread):
             process.drop(tid)
             self._group.threads.pop(tid, None)
         self._group.processes.pop(process.id.pid, None)
+        if process.memory.sites or process.memory.former:
+            self._forgotten.append(process)
         process.memory.close()
         self._engine.forgot(process, status)
 
@@ -434,7 +483,13 @@ class TraceThread(threading.Thread):
         """
         process = self._group.processes.get(pid) or TracedProcess.open(pid)
         process.held = held
-        self._group.seize(process)
+        try:
+            self._group.seize(process)
+        except OSError:
+            if pid not in self._group.processes:
+                self._group.abandon(process)
+                process.memory.close()
+            raise
         self._group.processes[pid] = process
         self._engine.adopted(process, self)
         try:
@@ -472,6 +527,15 @@ class TraceThread(threading.Thread):
             wanted = self._observer.wanted(process.id, cause, parent)
         except ProcessLookupError:
             return
+        except OSError:
+            # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
+            log.exception("process %d cannot be looked at", process.id.pid)
+            for site in list(memory.sites.values()):
+                if not self._observer.is_wanted(site.plan):
+                    memory.disarm(site)
+                    process.dirty = True
+            process.lingering = not memory.sites and not process.held
+            return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
         for site in list(memory.sites.values()):
@@ -483,6 +547,7 @@ class TraceThread(threading.Thread):
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
             memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
+            process.dirty = True
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -492,6 +557,7 @@ class TraceThread(threading.Thread):
                 if objection is not None:
                     raise objection
                 memory.arm(request)
+                process.dirty = True
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
@@ -544,7 +610,7 @@ class TraceThread(threading.Thread):
                 continue
             memory = process.memory
             sharers = self._group.sharers(memory)
-            settled = all(self._group.settle(p) for p in sharers)
+            settled = all(self._group.settle(p, again=False) for p in sharers)
             # Settling serves stops: a sharer may have taken on an image of its own meanwhile, or a new one have come.
             now = self._group.sharers(memory)
             if settled and process.lingering and process in now and not memory.sites and set(now) <= set(sharers):

@@ -7,6 +7,7 @@ was opened on, across exec and the death of the process that was asked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest
+from trapline_agent.kernel import procfs
 from trapline_agent.plans import SitePlan
 
 
@@ -109,25 +111,38 @@ class AddressSpace:
         self.former.pop(addr, None)
         return site
 
-    def disarm(self, site: Site, *, mapped: bool) -> None:
-        """Takes a breakpoint out. ``mapped`` says whether the file is still mapped there; if not, its bytes went with the
-        mapping, and what is there now is not ours."""
+    def disarm(self, site: Site, *, mapped: bool = True) -> None:
+        """Takes a breakpoint out.
+
+        Args:
+            site: one of ``sites``.
+            mapped: whether the file is still mapped there. If not, its bytes went with the mapping, and what is there now is
+                ours only where it is the very instruction with our byte: a program that moved its text to other memory
+                (large pages) took that along.
+        """
         del self.sites[site.addr]
-        if not mapped:
-            if site.slot:
-                self.slots.pop(site.slot, None)
-            return
-        self.former[site.addr] = site
-        try:
-            if os.pread(self.fd, 1, site.addr) == BREAKPOINT:
+        ours = BREAKPOINT + site.plan.code[1 : site.step.length]
+        if self._has(site.addr, BREAKPOINT if mapped else ours):
+            # EIO and the like: unmapped meanwhile, or the address space is gone with its last process
+            with contextlib.suppress(OSError):
                 os.pwrite(self.fd, site.original, site.addr)
-        except OSError:
-            # unmapped meanwhile, or the address space is gone with its last process
-            return
+        elif not mapped and site.slot:
+            self.slots.pop(site.slot, None)
+        self.former[site.addr] = site
 
     def has_breakpoint(self, addr: int) -> bool:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
         return self._has(addr, BREAKPOINT)
+
+    def restored(self, site: Site) -> bool:
+        """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
+        if not self.has_breakpoint(site.addr):
+            return True
+        if self._has(site.addr, BREAKPOINT + site.plan.code[1 : site.step.length]):
+            with contextlib.suppress(OSError):
+                os.pwrite(self.fd, site.original, site.addr)
+                return True
+        return False
 
     def _has(self, addr: int, content: bytes) -> bool:
         try:
@@ -192,6 +207,6 @@ class AddressSpace:
 
 def _open(pid: int) -> int:
     try:
-        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        return os.open(f"/proc/{pid}/task/{procfs.live_task(pid)}/mem", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError as e:
         raise ProcessLookupError(e.errno, "no such process", str(pid)) from e

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 
-from trapline_agent.arch.x86_64.registers import RIP, RSP
+from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RIP, RSP
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.tracee import Thread
 from trapline_agent.kernel import ptrace
@@ -20,6 +20,14 @@ _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL
 _HELD_BACK = (2**64 - 1) & ~TRAP_BIT & ~sum(1 << (number - 1) for number in _FAULTS)
 _STEPS = 8
 """Single steps out of a slot; only a repeated string instruction takes more."""
+
+
+def state_of(words: memoryview) -> list[int]:
+    """Returns a thread's registers, to be compared with those at a later stop: a handler that returns puts them all back.
+    (Without orig_rax, which the kernel sets, and the flags, of which it sets one.)"""
+    state: list[int] = words.tolist()
+    state[ORIG_RAX] = state[EFLAGS] = 0
+    return state
 
 
 class Stepper:
@@ -95,7 +103,7 @@ class Stepper:
         words[RSP] += original[1]
         self._registers.store(thread.tid)
         if original[0] == site.addr:
-            thread.uncounted = (site.addr, words[RSP])
+            thread.uncounted = state_of(words)
 
     def _step_out(self, thread: Thread) -> int:
         """Single-steps with signals held back, so that those that are pending stay so, in order and with what they carry."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from trapline_agent.engines.base import ProcessId
@@ -21,28 +20,20 @@ class Thread:
     """PTRACE_INTERRUPT was sent, its stop has not come yet."""
     held: bool = False
     """Stopped by us and not to be let go yet."""
-    uncounted: tuple[int, int] | None = None
-    """(address, stack pointer) of a site that this thread will run through again after a fault in its slot: that pass was
-    counted already."""
+    uncounted: list[int] | None = None
+    """Its registers where it will run through a site again, after a fault in its slot: that pass was counted already."""
     blocked: int = 0
     """Signals that it blocked when it was last looked at, where SIGTRAP was one of them; else 0. An int3 makes the kernel
     unblock SIGTRAP (kernel/signal.c, force_sig_info_to_task), which is put right at the stop."""
-    stat_fd: int = -1
 
     def cpu(self) -> int:
-        """Returns the CPU it last ran on (proc_pid_stat(5), field 39); -1 when it is gone."""
+        """Returns the CPU it last ran on (proc_pid_stat(5), fields 39, 41); -1 when it is gone, or scheduled in real time:
+        beside such a thread nobody else may run on its CPU."""
         try:
-            if self.stat_fd < 0:
-                self.stat_fd = os.open(f"/proc/{self.process.id.pid}/task/{self.tid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-            text = os.pread(self.stat_fd, 1024, 0)
-            return int(text[text.rindex(b")") + 2 :].split()[36])
-        except (OSError, ValueError):
+            fields = procfs.stat_fields(self.process.id.pid, self.tid)
+            return int(fields[36]) if fields[38] == b"0" else -1
+        except (OSError, ValueError, IndexError):
             return -1
-
-    def close(self) -> None:
-        if self.stat_fd >= 0:
-            os.close(self.stat_fd)
-            self.stat_fd = -1
 
 
 @dataclass(eq=False)
@@ -57,6 +48,8 @@ class TracedProcess:
     """Nothing is wanted in it any more; it will be let go when that needs no stop."""
     released: bool = False
     """Lingering, and every thread was seen where nothing of ours can reach it: any stop may be its last."""
+    dirty: bool = True
+    """Something was written since its threads were last asked to settle."""
     hooked: bool = False
     """Its loader reports what it maps."""
     execs: int = 0
@@ -77,6 +70,4 @@ class TracedProcess:
         return thread
 
     def drop(self, tid: int) -> None:
-        thread = self.threads.pop(tid, None)
-        if thread is not None:
-            thread.close()
+        self.threads.pop(tid, None)
