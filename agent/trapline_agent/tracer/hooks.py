@@ -33,6 +33,7 @@ class MappingHook:
         on_mapping: Callable[[int], None],
         on_unknown: Callable[[Mapped], None],
         on_lost: Callable[[], None],
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """The callbacks run on the hook's thread and must not block.
 
@@ -41,11 +42,13 @@ class MappingHook:
             on_mapping: a process (pid) mapped a probed file.
             on_unknown: a process mapped another file whose basename is watched.
             on_lost: records are missing.
+            on_failure: the thread ends by an exception.
         """
         self._is_probed = is_probed
         self._on_mapping = on_mapping
         self._on_unknown = on_unknown
         self._on_lost = on_lost
+        self._on_failure = on_failure
         self._names: frozenset[bytes] = frozenset()
         self._stop_r, self._stop_w = os.pipe()
         self._thread: threading.Thread | None = None
@@ -79,6 +82,9 @@ class MappingHook:
                         self._on_lost()
                     elif record.pid != own:
                         self._seen(record.pid, FileKey(record.dev, record.inode), record.path)
+        except Exception:
+            log.exception("the watch over mappings failed; the tracer ends")
+            self._on_failure()
         finally:
             stream.close()
 

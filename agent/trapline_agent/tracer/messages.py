@@ -207,6 +207,8 @@ class Loaders(Message, tag="loaders"):
 ToTracer = Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
 ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
 
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises; the last is of values that are nested too deep."""
 _encoder = msgspec.msgpack.Encoder()
 _to_tracer: msgspec.msgpack.Decoder[ToTracer] = msgspec.msgpack.Decoder(ToTracer)
 _to_agent: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
@@ -227,7 +229,7 @@ def parse_to_tracer(payload: bytes) -> ToTracer:
     """Raises ProtocolError where the payload is not a message to the tracer."""
     try:
         return _to_tracer.decode(payload)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
+    except _MALFORMED as e:
         raise ProtocolError(f"malformed message to the tracer: {e}") from e
 
 
@@ -235,5 +237,5 @@ def parse_to_agent(payload: bytes) -> ToAgent:
     """Raises ProtocolError where the payload is not a message to the agent."""
     try:
         return _to_agent.decode(payload)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as e:
+    except _MALFORMED as e:
         raise ProtocolError(f"malformed message from the tracer: {e}") from e

@@ -3,6 +3,8 @@ the traps, nor the lease that is to end because of it."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import socket
 import threading
 import time
@@ -12,21 +14,36 @@ from collections.abc import Callable
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.tracer import messages as m
 
+log = logging.getLogger(__name__)
+
 FLUSH_S = 0.01
 """An agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""
+_CLOSE_S = 2.0
+"""How long an agent has to take what is left, when the tracer ends."""
+_MAX_CONTROL = 10_000
+"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped: the look at /proc makes up for it."""
 
 
 class Shipper:
     """Sends control messages in order, and what the rings hold, at most every ``FLUSH_S``."""
 
-    def __init__(self, drain: Callable[[], list[tuple[HitRing, int, bytes]]]) -> None:
-        """``drain`` takes (ring, count, encoded batch) out of all rings; it is called on the shipper's thread."""
+    def __init__(
+        self, drain: Callable[[], list[tuple[HitRing, int, bytes]]], on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        Args:
+            drain: takes (ring, count, encoded batch) out of all rings; called on the shipper's thread.
+            on_failure: called on that thread when it ends by an exception: nothing is sent any more.
+        """
         self._drain = drain
+        self._on_failure = on_failure
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._control: deque[bytes] = deque()
+        self._settled: list[threading.Event] = []
         self._greeting = b""
         self._socket: socket.socket | None = None
+        self._sending: socket.socket | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="trapline-ship", daemon=True)
         self._thread.start()
@@ -49,34 +66,55 @@ class Shipper:
     def send(self, message: m.Message) -> None:
         """Queues a control message; without an agent it is dropped. Any thread."""
         with self._lock:
-            if self._socket is not None:
-                self._control.append(m.frame(message))
+            if self._socket is None or (isinstance(message, m.Mapped) and len(self._control) >= _MAX_CONTROL):
+                return
+            self._control.append(m.frame(message))
         self._wake.set()
 
     def data(self) -> None:
         """Says that a ring has something. Any thread, often."""
         self._wake.set()
 
-    def _flush(self) -> None:
+    def settle(self, timeout: float) -> bool:
+        """Waits until all that was queued went to the kernel, for ``timeout`` s at most; returns whether it did."""
+        done = threading.Event()
         with self._lock:
             if self._socket is None:
+                return False
+            self._settled.append(done)
+        self._wake.set()
+        return done.wait(timeout)
+
+    def _flush(self) -> None:
+        with self._lock:
+            connection = self._socket
+            if connection is None:
+                self._settled.clear()
                 return
+            # Taken before the rings are drained, and sent behind the hits: a ``Done`` follows all the hits it is about.
+            control = list(self._control)
+            self._control.clear()
+            settled, self._settled = self._settled, []
         batches = self._drain()
         with self._lock:
-            # Another agent may have come meanwhile; what was drained is then for that one.
-            connection = self._socket
-            # Hits go before the control messages that were queued meanwhile: a ``Done`` follows the hits it is about.
-            frames = [self._greeting, *(m.hits_frame(batch) for _, _, batch in batches), *self._control]
-            self._greeting = b""
-            self._control.clear()
+            if self._socket is not connection:
+                # Another agent has come, or none; what was drained is for that one, the messages were not.
+                connection, control = self._socket, []
+            greeting, self._greeting = self._greeting, b""
+            self._sending = connection
         try:
             if connection is None:
                 raise ConnectionResetError
-            connection.sendall(b"".join(frames))
+            connection.sendall(b"".join((greeting, *(m.hits_frame(batch) for _, _, batch in batches), *control)))
         except OSError:
             self._forget(connection)  # the control thread sees the end of the connection itself
             for ring, count, _ in batches:
                 ring.unsent(count)
+        finally:
+            with self._lock:
+                self._sending = None
+        for event in settled:
+            event.set()
 
     def _forget(self, connection: socket.socket | None) -> None:
         """Stops sending to an agent that is gone, unless another one has come."""
@@ -86,18 +124,30 @@ class Shipper:
                 self._control.clear()
 
     def _run(self) -> None:
-        while not self._closing:
-            self._wake.wait()
-            self._wake.clear()  # before looking whether to close: the rest is sent once more
-            started = time.monotonic()
-            self._flush()
-            # A steady stream is sent in batches: no sooner than FLUSH_S after the last.
-            rest = FLUSH_S - (time.monotonic() - started)
-            if rest > 0 and not self._control:
-                time.sleep(rest)
+        try:
+            while not self._closing:
+                self._wake.wait()
+                self._wake.clear()
+                started = time.monotonic()
+                self._flush()
+                # A steady stream is sent in batches: no sooner than FLUSH_S after the last.
+                rest = FLUSH_S - (time.monotonic() - started)
+                if rest > 0 and not self._control and not self._closing:
+                    time.sleep(rest)
+            self._flush()  # what came during the last pause
+        except Exception:
+            log.exception("what sends to the agent failed; the tracer ends")
+            self._on_failure()
 
     def close(self) -> None:
-        """Sends the rest and ends the thread."""
+        """Sends the rest and ends the thread. An agent that does not take it in ``_CLOSE_S`` loses it."""
         self._closing = True
         self._wake.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
+        while self._thread.is_alive():
+            with self._lock:
+                blocked = self._sending
+                if blocked is not None:
+                    with contextlib.suppress(OSError):
+                        blocked.shutdown(socket.SHUT_RDWR)
+            self._thread.join(0.1)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trapline.errors import Conflict
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
@@ -126,8 +127,17 @@ class Table:
         return self._now.by_file
 
     def publish(self, register: Register, ring: Callable[[], HitRing]) -> Consumer:
-        """Adds a consumer, or sites to one that is there. From its return on ``wanted`` includes it."""
+        """Adds a consumer, or sites to one that is there. From its return on ``wanted`` includes it.
+
+        Raises:
+            Conflict: it is there with other captures, another selector or another limit; nothing was changed.
+        """
         consumer = self._consumers.get(register.probe)
+        if consumer is not None and not _same_terms(consumer.register, register):
+            raise Conflict(
+                f"probe {register.probe} is registered with other captures, another selector or another limit",
+                hint="take it out first",
+            )
         if consumer is None:
             consumer = Consumer(register, ring(), Selector(register.where))
             self._consumers[register.probe] = consumer
@@ -165,6 +175,8 @@ class Table:
         now = self._now
         needles = [maps.needle(f) for f in now.by_file]
         named = {int(c.register.where[k]) for c in now.consumers for k in ("pid", "tree") if k in c.register.where}
+        if not needles and not named:
+            return []
         found: list[ProcessId] = []
         for pid in process.pids():
             if pid in self.self_pids:
@@ -178,6 +190,21 @@ class Table:
             except OSError:
                 continue  # ended meanwhile, or another user's
         return found
+
+    def mark_ended(self) -> None:
+        """Marks targets in processes that are no more as gone. The engine tells of those that it follows; of a process that
+        refused, nobody does."""
+        with self._lock:
+            living = {k[:2] for c in self._consumers.values() for k, t in c.targets.items() if t.state != "gone"}
+        for identity in living:
+            try:
+                if procfs.start_time(identity[0]) == identity[1]:
+                    continue
+            except ProcessLookupError:
+                pass
+            except OSError:
+                continue  # not ours to know
+            self._gone(identity)
 
     def take_changes(self) -> list[tuple[str, list[TargetState]]]:
         """Returns the targets that changed since the last call, by probe."""
@@ -306,15 +333,22 @@ class Table:
                 consumer.ring.overhead_ns.append(held_ns)
 
     def exited(self, identity: ProcessId, status: int | None) -> None:
+        self._gone(identity)
+        self.on_exit(identity, status)
+
+    def _gone(self, identity: tuple[int, int]) -> None:
         with self._lock:
-            self._ancestors.pop(identity, None)
+            self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._consumers.values():
                 for key, state in consumer.targets.items():
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
                         consumer.changed.add(key)
         self._on_change()
-        self.on_exit(identity, status)
+
+
+def _same_terms(one: Register, other: Register) -> bool:
+    return (one.fetches, one.where, one.max_hits) == (other.fetches, other.where, other.max_hits)
 
 
 def _request(

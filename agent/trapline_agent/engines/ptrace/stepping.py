@@ -18,6 +18,7 @@ TRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
 # A fault that is blocked kills, whatever its handler (kernel/signal.c, force_sig_info_to_task): those are left open.
 _HELD_BACK = (2**64 - 1) & ~TRAP_BIT & ~sum(1 << (number - 1) for number in _FAULTS)
+_STEP_STOP = signal.SIGTRAP << 8 | 0x7F
 _STEPS = 8
 """Single steps out of a slot; only a repeated string instruction takes more."""
 
@@ -86,7 +87,9 @@ class Stepper:
         original = slot.starts.get(words[RIP] - addr)
         is_fault = sig in _FAULTS and registers.signal_code(thread.tid) > 0
         if original is not None and (is_fault or original[0] != site.addr):
-            self._put_back(thread, site, original)
+            # An instruction that faulted and is run again is a hit again, as it is with the kernel's uprobes: whether the
+            # handler returns to it or jumps away cannot be known.
+            self._put_back(thread, original)
             return 0
         info = registers.signal_info(thread.tid) if sig else b""
         status = self._step_out(thread)
@@ -97,13 +100,10 @@ class Stepper:
                 self._send(thread, sig)
         return status
 
-    def _put_back(self, thread: Thread, site: Site, original: tuple[int, int]) -> None:
-        words = self._words
-        words[RIP] = original[0]
-        words[RSP] += original[1]
+    def _put_back(self, thread: Thread, original: tuple[int, int]) -> None:
+        self._words[RIP] = original[0]
+        self._words[RSP] += original[1]
         self._registers.store(thread.tid)
-        if original[0] == site.addr:
-            thread.uncounted = state_of(words)
 
     def _step_out(self, thread: Thread) -> int:
         """Single-steps with signals held back, so that those that are pending stay so, in order and with what they carry."""
@@ -124,7 +124,9 @@ class Stepper:
             addr, site, slot = inside
             original = slot.starts.get(self._words[RIP] - addr)
             if original is not None:
-                self._put_back(thread, site, original)
+                self._put_back(thread, original)
+                if status == _STEP_STOP and original[0] == site.addr:
+                    thread.uncounted = state_of(self._words)
         ptrace.set_signal_mask(tid, mask)
         return status
 

@@ -21,7 +21,7 @@ class Thread:
     held: bool = False
     """Stopped by us and not to be let go yet."""
     uncounted: list[int] | None = None
-    """Its registers where it will run through a site again, after a fault in its slot: that pass was counted already."""
+    """Its registers where it will run through a site again, in the middle of a repeated instruction: that was counted."""
     blocked: int = 0
     """Signals that it blocked when it was last looked at, where SIGTRAP was one of them; else 0. An int3 makes the kernel
     unblock SIGTRAP (kernel/signal.c, force_sig_info_to_task), which is put right at the stop."""
