@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trapline_agent.kernel.process import die_with_parent
 from trapline_agent.tracer.loop import Tracer
+from trapline_agent.tracer.standing import Standing
 
 _SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from one that serves a trap (the default is 5 ms)."""
@@ -43,15 +44,17 @@ def main() -> int:
         stream=sys.stderr,
     )
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    standing = Standing()
+    standing.take()
     try:
-        tracer = Tracer(args.socket, stay=args.stay or bool(args.supervise))
+        tracer = Tracer(args.socket, stay=args.stay or bool(args.supervise), before_exec=standing.give_back)
     except OSError as e:
         print(f"trapline-tracer: cannot listen on {args.socket}: {e.strerror or e}", file=sys.stderr)
         return 2
     # What start-up made lives for ever; a collection in the middle of a hit would hold up the target for it.
     gc.collect()
     gc.freeze()
-    supervisor = _Supervisor(args.supervise) if args.supervise else None
+    supervisor = _Supervisor(args.supervise, standing) if args.supervise else None
     try:
         tracer.run()
     finally:
@@ -63,15 +66,20 @@ def main() -> int:
 class _Supervisor:
     """Keeps the agent running beside the tracer, from a process of its own, so that it takes nothing from the traps."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], standing: Standing) -> None:
         script = (
             'trap "kill -TERM \\$child 2>/dev/null; wait \\$child; exit 0" TERM INT; '
             'while :; do "$@" & child=$!; wait $child; sleep 1 & child=$!; wait $child; done'
         )
         tracer = os.getpid()
+
+        def before_exec() -> None:
+            standing.give_back()
+            die_with_parent(tracer, signal.SIGTERM)
+
         self._shell = subprocess.Popen(
             ["/bin/sh", "-c", script, "trapline-supervise", *command],
-            preexec_fn=lambda: die_with_parent(tracer, signal.SIGTERM),
+            preexec_fn=before_exec,
         )
 
     def stop(self) -> None:

@@ -30,7 +30,9 @@ class Command:
     held: bool = True
 
 
-def start(launch: Launch, hold: Callable[[int], Callable[[], None]]) -> Command:
+def start(
+    launch: Launch, hold: Callable[[int], Callable[[], None]], before_exec: Callable[[], None] = lambda: None
+) -> Command:
     """Starts a command, stopped after its exec.
 
     Call it on the main thread: the command is killed when the thread that made it ends (prctl(2), PR_SET_PDEATHSIG).
@@ -38,17 +40,20 @@ def start(launch: Launch, hold: Callable[[int], Callable[[], None]]) -> Command:
     Args:
         launch: what to start.
         hold: ``PtraceEngine.hold``.
+        before_exec: called in the child.
 
     Raises:
         NotFound: there is no such program.
         EngineError: it cannot be started or traced.
     """
+    if not launch.argv or not launch.argv[0]:
+        raise EngineError("there is no command to start", hint="name a program")
     go_r, go_w = os.pipe()
     error_r, error_w = os.pipe()
     tracer = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(launch, tracer, go_r, go_w, error_w)
+        _become(launch, before_exec, tracer, go_r, go_w, error_w)
     os.close(go_r)
     os.close(error_w)
     try:
@@ -70,11 +75,12 @@ def start(launch: Launch, hold: Callable[[int], Callable[[], None]]) -> Command:
     return Command(pid, os.pidfd_open(pid))
 
 
-def _become(launch: Launch, tracer: int, go_r: int, go_w: int, error_w: int) -> None:
+def _become(launch: Launch, before_exec: Callable[[], None], tracer: int, go_r: int, go_w: int, error_w: int) -> None:
     """The child: waits to be followed, then becomes the command. Never returns."""
     try:
         die_with_parent(tracer, signal.SIGKILL)
         os.close(go_w)
+        before_exec()
         if launch.output == "null":
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)

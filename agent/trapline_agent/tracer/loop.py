@@ -21,11 +21,13 @@ from pathlib import Path
 
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
+from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.tracer import messages as m
+from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.scan import scan
@@ -42,47 +44,59 @@ _LOADER_GRACE_S = 0.05
 """How long a loader may take from a mapping to its report."""
 _FIRST_AGENT_S = 60.0
 _END_COMMAND_S = 2.0
+_SETTLE_S = 0.2
+"""How long the last words to an agent that hangs may take; nothing is armed then."""
+_LEASES_S = (0.05, 86_400.0)
+_MAX_FETCH_BYTES = 4096
+_MAX_CANDIDATES = 16
 _UCRED = struct.Struct("=iII")
 
 
 class Tracer:
     """One tracer process. ``run`` on the main thread; it returns when it is to exit and nothing is armed any more."""
 
-    def __init__(self, path: Path, *, stay: bool = False) -> None:
+    def __init__(self, path: Path, *, stay: bool = False, before_exec: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             path: where to listen; a stale socket there is replaced.
             stay: go on without an agent after the lease ended (nothing is armed then), instead of exiting.
+            before_exec: called in the child that becomes a launched command.
 
         Raises:
             OSError: the socket cannot be made there, or a tracer listens there already (EADDRINUSE).
         """
         self._path = path
         self._stay = stay
+        self._before_exec = before_exec
         self._source = new_id("trc")
         self._host = ""
         self._news: deque[Callable[[], None]] = deque()
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_w, False)
-        self._table = Table(self._targets_changed)
+        self._pending: set[object] = set()
+        """What is among the news already and needs not be there twice."""
+        self._table = Table(lambda: self._post_once("targets", self._send_targets))
+        self._table.self_pids = frozenset((os.getpid(),))
         self._engine = PtraceEngine(self._table)
         self._table.on_exit = self._process_ended
         self._capabilities = self._engine.capabilities()
         self._draining: deque[Consumer] = deque()
         self._rings_lock = threading.Lock()
-        self._shipper = Shipper(self._drain)
+        self._shipper = Shipper(self._drain, on_failure=lambda: self._post(self._stop))
         self._hook = MappingHook(
             is_probed=lambda file: file in self._table.files(),
-            on_mapping=lambda pid: self._post(lambda: self._mapped(pid)),
+            on_mapping=lambda pid: self._post_once(pid, lambda: self._mapped(pid)),
             on_unknown=lambda mapped: self._shipper.send(mapped),
-            on_lost=lambda: self._post(self._reconcile_all),
+            on_lost=lambda: self._post_once("lost", self._reconcile_all),
+            on_failure=lambda: self._post(self._stop),
         )
         self._hooked = self._hook.start()
         self._commands: dict[int, Command] = {}
         self._ends: dict[int, int] = {}
         self._stats: dict[str, m.Stats] = {}
-        self._connection: socket.socket | None = None
-        self._received = bytearray()
+        self._agent: Connection | None = None
+        self._candidates: list[Connection] = []
+        """Connected, but not yet heard of: the agent is who says ``Hello``, the last one that did."""
         self._lease_s = 30.0
         self._lease_end = time.monotonic() + _FIRST_AGENT_S
         self._lease_running = True
@@ -91,7 +105,7 @@ class Tracer:
         self._next_reconcile = time.monotonic() + _RECONCILE_S
         self._mapped_due: dict[int, float] = {}
         self._selector = selectors.DefaultSelector()
-        self._server = _listen(path)
+        self._server = listen(path)
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_r, selectors.EVENT_READ, self._woken)
 
@@ -106,31 +120,33 @@ class Tracer:
         try:
             while not self._done:
                 due = min((self._next_tick, self._lease_end, *self._mapped_due.values()))
-                timeout = max(0.0, due - time.monotonic())
+                timeout = 0.0 if self._news else max(0.0, due - time.monotonic())
                 for key, _ in self._selector.select(timeout):
-                    key.data()
-                while self._news:
+                    self._safely(key.data)
+                # No more than there are now: news that never cease must not starve the agent and its lease.
+                for _ in range(len(self._news)):
                     self._safely(self._news.popleft())
                 now = time.monotonic()
                 for pid in [p for p, at in self._mapped_due.items() if now >= at]:
                     del self._mapped_due[pid]
-                    self._safely(lambda pid=pid: self._reconcile_pid(pid, "mmap" + ASYNC))  # type: ignore[misc]
+                    self._safely(self._reconcile_pid, pid, "mmap" + ASYNC)
                 if now >= self._next_tick:
                     self._next_tick = now + _TICK_S
-                    self._safely(lambda now=now: self._tick(now))  # type: ignore[misc]
+                    self._safely(self._tick, now)
                 if self._lease_running and now >= self._lease_end:
-                    self._end_lease()
+                    self._safely(self._end_lease)
         finally:
-            self._take_all_out()
-            self._end_commands()
-            self._shipper.close()
-            self._hook.close()
-            self._path.unlink(missing_ok=True)
+            self._safely(self._take_all_out)
+            self._safely(self._end_commands)
+            self._safely(self._shipper.close)
+            self._safely(self._hook.close)
+            self._safely(self._path.unlink, True)
 
-    def _safely(self, work: Callable[[], None]) -> None:
-        """Does what nobody waits for; a failure must not end the process that holds the traps."""
+    def _safely(self, work: Callable[..., object], *args: object) -> None:
+        """Does what nobody waits for; a failure must not end the process that holds the traps, nor keep it from what is to
+        be done after this."""
         try:
-            work()
+            work(*args)
         except Exception:
             log.exception("the tracer failed; it goes on")
 
@@ -138,6 +154,18 @@ class Tracer:
         self._news.append(work)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_w, b"w")
+
+    def _post_once(self, key: object, work: Callable[[], None]) -> None:
+        """Posts, unless the same is waiting to be done: then that will see what is new."""
+        if key in self._pending:
+            return
+        self._pending.add(key)
+
+        def begin() -> None:
+            self._pending.discard(key)
+            work()
+
+        self._post(begin)
 
     def _woken(self) -> None:
         os.read(self._wake_r, 4096)
@@ -154,53 +182,51 @@ class Tracer:
         if uid not in (0, os.geteuid()):
             connection.close()
             return
-        self._drop_connection()
-        self._connection = connection
-        self._received.clear()
-        self._selector.register(connection, selectors.EVENT_READ, self._receive)
+        candidate = Connection(connection)
+        self._candidates.append(candidate)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(candidate))
+        if len(self._candidates) > _MAX_CANDIDATES:
+            self._drop(self._candidates[0])
 
-    def _drop_connection(self) -> None:
-        """The agent is gone, or another takes its place; what it registered stays until the lease ends."""
-        if self._connection is not None:
+    def _drop(self, connection: Connection) -> None:
+        """One is gone. If it was the agent, what it registered stays until the lease ends."""
+        if connection is self._agent:
+            self._agent = None
             self._shipper.disconnect()
-            self._selector.unregister(self._connection)
-            with contextlib.suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
-            self._connection.close()
-            self._connection = None
+        elif connection in self._candidates:
+            self._candidates.remove(connection)
+        else:
+            return
+        self._selector.unregister(connection.socket)
+        connection.close()
 
-    def _receive(self) -> None:
-        connection = self._connection
-        if connection is None:
-            return
+    def _receive(self, connection: Connection) -> None:
         try:
-            data = connection.recv(1 << 18)
-        except OSError:
-            data = b""
-        if not data:
-            self._drop_connection()
-            return
-        self._received += data
-        while len(self._received) >= m.FRAME.size:
-            length, kind = m.FRAME.unpack_from(self._received)
-            if kind != m.CONTROL or length > m.MAX_FRAME_BYTES:
-                log.error("malformed frame from the agent; it is dropped")
-                self._drop_connection()
-                return
-            end = m.FRAME.size + length
-            if len(self._received) < end:
-                break
-            payload = bytes(self._received[m.FRAME.size : end])
-            del self._received[:end]
-            try:
-                message = m.parse_to_tracer(payload)
-            except ProtocolError as e:
-                log.error("%s", e)
-                self._drop_connection()
-                return
-            self._serve(message)
-            if self._connection is not connection:
-                return
+            for message in connection.receive():
+                if isinstance(message, m.Hello):
+                    _check_hello(message)
+                    self._adopt(connection)
+                elif connection is not self._agent:
+                    raise ProtocolError(f"the first message is no Hello but {type(message).__name__}")
+                self._serve(message)
+                if connection is not self._agent:
+                    return
+        except (EOFError, ConnectionError):
+            self._drop(connection)
+        except ProtocolError as e:
+            log.error("a connection is dropped: %s", e)
+            self._drop(connection)
+        except Exception:
+            log.exception("a connection is dropped, since serving it failed")
+            self._drop(connection)
+
+    def _adopt(self, connection: Connection) -> None:
+        """A valid ``Hello`` makes a candidate the agent, in the place of another."""
+        if connection is not self._agent:
+            if self._agent is not None:
+                self._drop(self._agent)
+            self._candidates.remove(connection)
+            self._agent = connection
 
     def _serve(self, message: m.ToTracer) -> None:
         done = m.Done(id=getattr(message, "id", 0))
@@ -226,7 +252,7 @@ class Tracer:
                     self._commands[pid].held = False
                 case m.Signal(pid=pid, signal=number):
                     if pid in self._commands and self._commands[pid].status is None:
-                        signal.pidfd_send_signal(self._commands[pid].pidfd, number)
+                        _kill(self._commands[pid], number)
                 case m.Shutdown():
                     self._take_all_out()
                     self._end_commands()
@@ -248,7 +274,7 @@ class Tracer:
         self._host = hello.host
         self._lease_s = hello.lease_s
         self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
-        assert self._connection is not None
+        assert self._agent is not None
         ready = m.Ready(
             protocol=m.PROTOCOL,
             pid=os.getpid(),
@@ -264,12 +290,13 @@ class Tracer:
             ],
             probes=[c.probe for c in self._table.consumers],
         )
-        self._shipper.connect(self._connection, ready)
+        self._shipper.connect(self._agent.socket, ready)
         self._stats.clear()
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
     def _register(self, message: m.Register) -> None:
+        _check_register(message)
         if not self._capabilities.available:
             raise PermissionDenied(
                 self._capabilities.reason, hint="run the tracer as root or with CAP_SYS_PTRACE", reason="NoPtrace"
@@ -302,8 +329,9 @@ class Tracer:
         if consumer is None:
             return
         for identity in self._engine.processes():
-            # To the other probes there it is one more look.
-            self._engine.reconcile(identity, "reconcile")
+            # To the other probes there it is one more look. One that fails must not keep the others armed; it is looked at
+            # again by and by.
+            self._safely(self._engine.reconcile, identity, "reconcile")
         consumer.close()
         with self._rings_lock:
             self._draining.append(consumer)
@@ -318,11 +346,11 @@ class Tracer:
 
     def _take_all_out(self) -> None:
         for consumer in self._table.consumers:
-            self._unregister(consumer.probe)
+            self._safely(self._unregister, consumer.probe)
         for command in self._commands.values():
             if command.held and command.status is None:
-                signal.pidfd_send_signal(command.pidfd, signal.SIGKILL)
-        self._engine.close()
+                self._safely(_kill, command)
+        self._safely(self._engine.close)
 
     def _mapped(self, pid: int) -> None:
         """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
@@ -373,10 +401,6 @@ class Tracer:
             overhead_ns=ring.median_overhead_ns(),
         )
 
-    def _targets_changed(self) -> None:
-        """On any thread."""
-        self._post(self._send_targets)
-
     def _send_targets(self) -> None:
         for probe, targets in self._table.take_changes():
             self._shipper.send(m.Targets(probe=probe, targets=targets))
@@ -390,7 +414,8 @@ class Tracer:
                 self._shipper.send(stats)
         if now >= self._next_reconcile:
             self._next_reconcile = now + self._reconcile_every()
-            if self._table.consumers:
+            self._table.mark_ended()
+            if self._table.consumers or self._engine.processes():
                 self._reconcile_all()
 
     def _end_lease(self) -> None:
@@ -399,16 +424,24 @@ class Tracer:
         if self._table.consumers:
             log.warning("the agent has not been heard of for %.3g s: everything is taken out", self._lease_s)
         self._take_all_out()
-        self._shipper.send(m.LeaseEnded())
-        if self._connection is None and not self._stay:
-            # Commands that were launched go on; as our children they would end with us.
+        self._hook.watch([])
+        if self._agent is not None:
+            # It hangs. It is told, in case it wakes up, and is treated as one that is gone: it has to connect again.
+            self._shipper.send(m.LeaseEnded())
+            self._shipper.settle(_SETTLE_S)
+            self._drop(self._agent)
+        self._end_alone()
+
+    def _end_alone(self) -> None:
+        """Ends a tracer that nobody has a use for. Commands that were launched go on; as our children they would end with
+        us."""
+        if not self._lease_running and self._agent is None and not self._stay:
             self._done = not any(c.status is None for c in self._commands.values())
-            self._stay = False
 
     # --- launched commands -------------------------------------------------------------------------------------------
 
     def _launch(self, message: m.Launch) -> int:
-        command = start(message, self._engine.hold)
+        command = start(message, self._engine.hold, self._before_exec)
         self._commands[command.pid] = command
         self._selector.register(command.pidfd, selectors.EVENT_READ, lambda: self._command_changed(command.pid))
         return command.pid
@@ -445,15 +478,13 @@ class Tracer:
         os.close(command.pidfd)
         command.status = os.waitstatus_to_exitcode(self._ends.pop(pid))
         self._shipper.send(m.Exited(pid=pid, status=command.status))
-        if not self._lease_running and self._connection is None and not self._stay:
-            self._done = not any(c.status is None for c in self._commands.values())
+        self._end_alone()
 
     def _end_commands(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             running = [c for c in self._commands.values() if c.status is None]
             for command in running:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(command.pidfd, number)
+                self._safely(_kill, command, number)
             deadline = time.monotonic() + _END_COMMAND_S
             while running and time.monotonic() < deadline:
                 with selectors.DefaultSelector() as waiting:
@@ -461,26 +492,32 @@ class Tracer:
                         waiting.register(command.pidfd, selectors.EVENT_READ)
                     waiting.select(max(0.0, deadline - time.monotonic()))
                 while self._news:
-                    self._news.popleft()()
+                    self._safely(self._news.popleft())
                 for command in running:
                     self._command_changed(command.pid)
                 running = [c for c in running if c.status is None]
 
 
-def _listen(path: Path) -> socket.socket:
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if path.exists():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)  # its tracer is dead
-            else:
-                raise OSError(98, f"a tracer listens on {path} already")
-    before = os.umask(0o177)
-    try:
-        server.bind(str(path))
-    finally:
-        os.umask(before)
-    server.listen(4)
-    return server
+def _check_hello(hello: m.Hello) -> None:
+    shortest, longest = _LEASES_S
+    if not shortest <= hello.lease_s <= longest:  # nor is NaN
+        raise ProtocolError(f"a lease of {hello.lease_s} s: it is to be {shortest} to {longest:.0f} s")
+
+
+def _check_register(message: m.Register) -> None:
+    """Raises EngineError where an engine, or the shipper, would stumble over a plan later."""
+    for plan in message.plans:
+        if not 0 <= plan.site < len(message.sites):
+            raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
+    for fetch in message.fetches:
+        if fetch.register not in REGISTERS:
+            raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")
+        if not 1 <= fetch.max_bytes <= _MAX_FETCH_BYTES:
+            raise EngineError(
+                f"capture {fetch.name} of probe {message.probe}: {fetch.max_bytes} bytes, not 1 to {_MAX_FETCH_BYTES}"
+            )
+
+
+def _kill(command: Command, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(command.pidfd, number)

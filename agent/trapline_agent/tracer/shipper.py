@@ -21,7 +21,7 @@ FLUSH_S = 0.01
 _CLOSE_S = 2.0
 """How long an agent has to take what is left, when the tracer ends."""
 _MAX_CONTROL = 10_000
-"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped: the look at /proc makes up for it."""
+"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped (the agent looks by itself too)."""
 
 
 class Shipper:
