@@ -260,7 +260,7 @@ async def test_a_launched_command_has_what_the_tracer_began_with(path: Path) -> 
                         break
             limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
             assert limits[0] == limits[1]
-            lower = "open('/proc/self/oom_score_adj', 'w').write('-900')"
+            lower = "import os; os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-900')"
             permitted = run([sys.executable, "-c", lower]).returncode == 0
             wanted = min(int(score), -900) if permitted else int(score)
             assert int(procfs.read(f"/proc/{process.pid}/oom_score_adj")) == wanted
