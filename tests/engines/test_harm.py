@@ -103,7 +103,7 @@ def test_a_refused_process_costs_no_descriptors(host: Host, targets: Targets) ->
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
             host.reconcile(child.pid)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         gdb.send("detach")
         gdb.send("quit")
         assert gdb.wait() == 0

@@ -102,7 +102,9 @@ class PtraceEngine:
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
         for other in self.processes():
             with contextlib.suppress(OSError):
-                if other != process and ptrace.same_address_space(other.pid, process.pid):
+                if other != process and ptrace.same_address_space(
+                    procfs.live_task(other.pid), procfs.live_task(process.pid)
+                ):
                     with self._lock:
                         sharer = self._threads.get(other.pid)
                     if sharer is not None:

@@ -71,34 +71,32 @@ class Group:
     def _seize(self, process: TracedProcess) -> bool:
         pid = process.id.pid
         seized = False
-        ended: set[int] = set()
         while True:
-            new = [t for t in procfs.tasks(pid) if t not in process.threads and t not in ended]
-            if not new:
+            # The kernel's word, not ours: a thread that execs takes the leader's number, followed or not.
+            tids = [t for t in procfs.tasks(pid) if not self.is_ours(t) and not procfs.has_ended(pid, t)]
+            if not tids:
+                if not self.is_ours(procfs.live_task(pid)):
+                    continue  # those that were listed are gone: one of them has the leader's number now
+                if procfs.start_time(pid) != process.id.start_time:
+                    raise ProcessLookupError(f"process {pid} was replaced by another of that number")
                 return seized
-            for tid in new:
+            for tid in tids:
+                self.threads.pop(tid, None)
+                process.drop(tid)
                 try:
                     ptrace.seize(tid)
                 except OSError:
-                    if procfs.has_ended(pid, tid):
-                        ended.add(tid)
-                        if tid == pid:
-                            procfs.live_task(pid)
-                        continue
-                    if tid != pid and self.is_ours(tid):
-                        continue  # a clone that the kernel attached for us: its first stop will tell
+                    if procfs.has_ended(pid, tid) or self.is_ours(tid):
+                        continue  # ours: a clone that the kernel attached for us, whose first stop will tell
                     raise
                 self.threads[tid] = process.add(tid)
                 seized = True
-            if procfs.start_time(pid) != process.id.start_time:
-                raise ProcessLookupError(f"process {pid} was replaced by another of that number")
-            if all(t in process.threads or t in ended or self.is_ours(t) for t in procfs.tasks(pid)):
-                return seized
 
     def is_ours(self, tid: int) -> bool:
-        with contextlib.suppress(ProcessLookupError):
+        """Whether this thread traces it."""
+        with contextlib.suppress(OSError):
             return procfs.tracer(tid) == threading.get_native_id()
-        return True
+        return False
 
     def settle_all(self, process: TracedProcess) -> None:
         """Settles a process that was just seized, with all that share its memory, and makes sure that the memory at hand is
@@ -197,12 +195,14 @@ class Group:
         there was a new one.
         """
         found = False
+        # A leader that has ended has no memory, as kernel threads have none: those would all be the same.
+        asker = procfs.live_task(process.id.pid)
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) in self.processes:
                 continue
             pid = int(entry)
             try:
-                if not ptrace.same_address_space(process.id.pid, pid):
+                if not ptrace.same_address_space(asker, pid):
                     continue
                 self.join(pid, process.id.pid)
                 found = True
@@ -220,7 +220,7 @@ class Group:
             self.abandon(child)
             raise
         # An exec before the seize was not reported; after it, it will be.
-        if ptrace.same_address_space(pid, sharer):
+        if ptrace.same_address_space(procfs.live_task(pid), procfs.live_task(sharer)):
             memory.users += 1
         else:
             child.memory = AddressSpace(pid)

@@ -314,8 +314,10 @@ class TraceThread(threading.Thread):
             self._ended_task(tid, thread, status)
             return
         stop, event = os.WSTOPSIG(status), status >> 16
-        if thread is None:
-            self._newborn(tid, stop)
+        if event == ptrace.PTRACE_EVENT_EXEC and tid in self._group.processes:
+            self._execed(tid)
+        elif thread is None:
+            self._newborn(tid, status)
         elif event == 0:
             thread.settled = True
             self._deliver(thread, stop)
@@ -329,8 +331,6 @@ class TraceThread(threading.Thread):
                     ptrace.listen(tid)
             else:
                 self._deliver(thread, 0)
-        elif event == ptrace.PTRACE_EVENT_EXEC:
-            self._execed(tid)
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
@@ -347,10 +347,10 @@ class TraceThread(threading.Thread):
         process.drop(tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
-        if tid == process.id.pid or not process.threads:
+        if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
             self._forget(process, status)
 
-    def _newborn(self, tid: int, stop: int) -> None:
+    def _newborn(self, tid: int, status: int) -> None:
         """The first stop of a thread or child that the kernel attached for us."""
         fields = procfs.status(tid, "Tgid", "PPid")
         pid = int(fields["Tgid"])
@@ -362,7 +362,9 @@ class TraceThread(threading.Thread):
             if process.memory.sites:
                 mask = ptrace.signal_mask(tid)
                 thread.blocked = mask if mask & TRAP_BIT else 0
-            if stop in _GROUP_STOPS and not process.released:
+            if status >> 16 != ptrace.PTRACE_EVENT_STOP:
+                self._handle(tid, status)  # it was known by another number before an exec: this is no birth
+            elif os.WSTOPSIG(status) in _GROUP_STOPS and not process.released:
                 ptrace.listen(tid)
             else:
                 self._resume(thread)
@@ -386,10 +388,10 @@ class TraceThread(threading.Thread):
 
     def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
         try:
-            shared = ptrace.same_address_space(parent.id.pid, pid)
+            shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
         except OSError:
             shared = False
-        if shared:
+        if shared and parent.memory.users > 0:
             parent.memory.users += 1
             child = TracedProcess.open(pid, parent.memory)
         else:
@@ -410,18 +412,19 @@ class TraceThread(threading.Thread):
         return thread
 
     def _execed(self, tid: int) -> None:
-        """A new image: the old address space is gone from this process, and with it all its sites (semantics P2)."""
-        process = self._group.threads[tid].process
+        """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
+        threads are gone, and the one that called has the leader's number now."""
+        process = self._group.processes[tid]
         for other in list(process.threads):
-            if other != tid:
-                process.drop(other)
-                self._group.threads.pop(other, None)
-        thread = process.threads[tid]
+            process.drop(other)
+            self._group.threads.pop(other, None)
+        thread = self._group.threads[tid] = process.add(tid)
         thread.settled = True
-        thread.uncounted = None
-        thread.interrupted = False
-        gone = [SiteReport(s.addr, s.plan, "gone") for s in process.memory.sites.values() if not s.is_hook]
-        old, process.memory = process.memory, AddressSpace(tid)
+        fresh = AddressSpace(tid)
+        old, process.memory = process.memory, fresh
+        # What was written while the exec was on its way may have met the new image already.
+        fresh.inherit(old)
+        gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
         old.close()
         process.comm = procfs.comm(tid)
         process.execs += 1
@@ -436,6 +439,8 @@ class TraceThread(threading.Thread):
         self._resume(thread)
 
     def _forget(self, process: TracedProcess, status: int | None) -> None:
+        if self._group.processes.get(process.id.pid) is not process:
+            return
         for tid in list(process.threads):
             process.drop(tid)
             self._group.threads.pop(tid, None)
@@ -638,3 +643,11 @@ class TraceThread(threading.Thread):
                 self._reconcile(process, "exec")
                 self._let_go_if_idle(process)
                 self._resume(thread)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        procfs.live_task(pid)
+        return True
+    except OSError:
+        return False
