@@ -353,7 +353,8 @@ class Reconciler:
 
     async def _register(self, run: ProbeRun, tracer: TracerClient, desired: DesiredProbe) -> TraplineError | None:
         max_hits = desired.limits.max_hits or 0
-        if max_hits and run.past_hits:
+        if max_hits and run.past_hits and desired.id not in tracer.ready.probes:
+            # A tracer that has it still counts on from where it was.
             max_hits = max(1, max_hits - run.past_hits)
         try:
             await tracer.register(
