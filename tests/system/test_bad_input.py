@@ -177,7 +177,9 @@ def test_a_process_that_the_tracer_may_not_trace(bystander: Bystander) -> None:
     with Stack(user=AS_NOBODY) as stack, caller() as roots, caller(prefix=AS_NOBODY) as own:
         with untouched(roots.pid):
             problem = refused(stack, f"{GETPPID} @ pid={roots.pid}")
-            assert (problem.status, problem.code, problem.reason) == (422, "permission-denied", "PermissionDenied"), problem
+            assert (problem.status, problem.code, problem.reason) == (422, "permission-denied", "PermissionDenied"), (
+                problem
+            )
             assert "CAP_SYS_PTRACE" in f"{problem.detail} {problem.hint}"
             assert stack.client.probes() == []
             roots.ask("call 10")
