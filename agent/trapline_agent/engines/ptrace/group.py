@@ -64,8 +64,7 @@ class Group:
         with self._reaper.seizing(process.id.pid) as reaped:
             seized = self._seize(process)
         for tid in reaped:
-            self.threads.pop(tid, None)
-            process.drop(tid)
+            self.drop(process, tid)
         return seized
 
     def _seize(self, process: TracedProcess) -> bool:
@@ -81,15 +80,14 @@ class Group:
                     raise ProcessLookupError(f"process {pid} was replaced by another of that number")
                 return seized
             for tid in tids:
-                self.threads.pop(tid, None)
-                process.drop(tid)
+                self.drop(process, tid)
                 try:
                     ptrace.seize(tid)
                 except OSError:
                     if procfs.has_ended(pid, tid) or self.is_ours(tid):
                         continue  # ours: a clone that the kernel attached for us, whose first stop will tell
                     raise
-                self.threads[tid] = process.add(tid)
+                self.add(process, tid)
                 seized = True
 
     def is_ours(self, tid: int) -> bool:
@@ -230,8 +228,17 @@ class Group:
     def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
         return [p for p in self.processes.values() if p.memory is memory]
 
+    def add(self, process: TracedProcess, tid: int) -> Thread:
+        """Enters a thread that is followed."""
+        thread = self.threads[tid] = process.add(tid)
+        return thread
+
+    def drop(self, process: TracedProcess, tid: int) -> None:
+        """Strikes off a thread; one that is not entered is fine."""
+        self.threads.pop(tid, None)
+        process.drop(tid)
+
     def abandon(self, process: TracedProcess) -> None:
-        """Forgets the threads of a process that could not be followed whole."""
+        """Strikes off all threads of a process."""
         for tid in list(process.threads):
-            self.threads.pop(tid, None)
-            process.drop(tid)
+            self.drop(process, tid)

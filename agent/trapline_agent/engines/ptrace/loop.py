@@ -357,11 +357,10 @@ class TraceThread(threading.Thread):
         known_parent = self._fork_parents.pop(tid, None)
         process = self._group.processes.get(pid)
         if process is not None:
-            thread = self._group.threads[tid] = process.add(tid)
+            thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
-                mask = ptrace.signal_mask(tid)
-                thread.blocked = mask if mask & TRAP_BIT else 0
+                self._stepper.note_mask(thread)
             if status >> 16 != ptrace.PTRACE_EVENT_STOP:
                 self._handle(tid, status)  # it was known by another number before an exec: this is no birth
             elif os.WSTOPSIG(status) in _GROUP_STOPS and not process.released:
@@ -399,15 +398,14 @@ class TraceThread(threading.Thread):
             child.memory.inherit(parent.memory)
         thread = self._include(child, tid)
         thread.settled = True
-        mask = ptrace.signal_mask(tid)
-        thread.blocked = mask if mask & TRAP_BIT else 0
+        self._stepper.note_mask(thread)
         self._reconcile(child, "fork", parent.id)
         self._let_go_if_idle(child)
         self._resume(thread)
 
     def _include(self, process: TracedProcess, tid: int) -> Thread:
         self._group.processes[process.id.pid] = process
-        thread = self._group.threads[tid] = process.add(tid)
+        thread = self._group.add(process, tid)
         self._engine.adopted(process, self)
         return thread
 
@@ -415,10 +413,8 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
-        for other in list(process.threads):
-            process.drop(other)
-            self._group.threads.pop(other, None)
-        thread = self._group.threads[tid] = process.add(tid)
+        self._group.abandon(process)
+        thread = self._group.add(process, tid)
         thread.settled = True
         fresh = AddressSpace(tid)
         old, process.memory = process.memory, fresh
@@ -441,9 +437,7 @@ class TraceThread(threading.Thread):
     def _forget(self, process: TracedProcess, status: int | None) -> None:
         if self._group.processes.get(process.id.pid) is not process:
             return
-        for tid in list(process.threads):
-            process.drop(tid)
-            self._group.threads.pop(tid, None)
+        self._group.abandon(process)
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
@@ -461,12 +455,9 @@ class TraceThread(threading.Thread):
     def _detach(self, thread: Thread, sig: int) -> None:
         ptrace.detach(thread.tid, sig)
         process = thread.process
-        process.drop(thread.tid)
-        self._group.threads.pop(thread.tid, None)
+        self._group.drop(process, thread.tid)
         if not process.threads:
             self._forget(process, None)
-
-    # --- commands ----------------------------------------------------------------------------------------------------
 
     def _deliver(self, thread: Thread, sig: int) -> None:
         """Lets a stopped thread go on with a signal, or with none (0); a handler never sees an address inside a slot."""

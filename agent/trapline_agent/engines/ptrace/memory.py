@@ -39,6 +39,11 @@ class Site:
     def __post_init__(self) -> None:
         self.original = self.plan.code[:1]
 
+    @property
+    def armed(self) -> bytes:
+        """The instruction as it is in memory while it is armed."""
+        return BREAKPOINT + self.plan.code[1 : self.step.length]
+
 
 class AddressSpace:
     """Breakpoints and slots of one mm; shared by processes that share it (vfork, CLONE_VM)."""
@@ -121,8 +126,7 @@ class AddressSpace:
                 (large pages) took that along.
         """
         del self.sites[site.addr]
-        ours = BREAKPOINT + site.plan.code[1 : site.step.length]
-        if self._has(site.addr, BREAKPOINT if mapped else ours):
+        if self._has(site.addr, BREAKPOINT if mapped else site.armed):
             # EIO and the like: unmapped meanwhile, or the address space is gone with its last process
             with contextlib.suppress(OSError):
                 os.pwrite(self.fd, site.original, site.addr)
@@ -138,7 +142,7 @@ class AddressSpace:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
         if not self.has_breakpoint(site.addr):
             return True
-        if self._has(site.addr, BREAKPOINT + site.plan.code[1 : site.step.length]):
+        if self._has(site.addr, site.armed):
             with contextlib.suppress(OSError):
                 os.pwrite(self.fd, site.original, site.addr)
                 return True

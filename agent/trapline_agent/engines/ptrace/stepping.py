@@ -57,6 +57,11 @@ class Stepper:
         if thread.blocked:
             self._block_again(thread)
 
+    def note_mask(self, thread: Thread) -> None:
+        """Remembers what a stopped thread blocks, where that is SIGTRAP too: see ``Thread.blocked``."""
+        mask = ptrace.signal_mask(thread.tid)
+        thread.blocked = mask if mask & TRAP_BIT else 0
+
     def _block_again(self, thread: Thread) -> None:
         """Puts SIGTRAP back among the blocked signals, as long as the program left the others as they were."""
         if ptrace.signal_mask(thread.tid) | TRAP_BIT == thread.blocked:
