@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
+from trapline_agent.engines.fake import FakeEngine, World
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.files import file_key_of
 from trapline_agent.targets.maps import executable_mappings
+from trapline_agent.tracer.looks import Looks
 from trapline_agent.tracer.messages import Register, TargetState
-from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.table import Consumer, Table
 
 _LOADER = Path("/lib64/ld-linux-x86-64.so.2")
@@ -59,11 +61,14 @@ class Host:
     """Registers and unregisters as the tracer's control thread does."""
 
     def __init__(self, make: Callable[[Observer], Engine]) -> None:
-        self.table = Table()
+        world = World() if make is FakeEngine else None
+        self.table = Table(proc=world)
         self.table.self_pids = frozenset((os.getpid(),))
-        self.engine = make(self.table)
-        self.files = Files()
-        self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
+        self.engine = make(self.table) if world is None else FakeEngine(self.table, world)
+        self.looks = Looks(self.engine)
+        self.files = Files() if world is None else SimulatedFiles(world)
+        if world is None:
+            self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
         self._consumers: dict[str, Consumer] = {}
 
     def register(
@@ -89,19 +94,54 @@ class Host:
         )
         consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
         self._consumers[probe] = consumer
-        scan(self.table, self.engine, "scan")
+        self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)
 
     def unregister(self, probe: str = "p") -> None:
         """Withdraws a probe; its bytes are out when this returns."""
         consumer = self.table.withdraw(probe)
-        for identity in self.engine.processes():
-            self.engine.reconcile(identity, "reconcile")
         if consumer is not None:
+            self.looks.run(lambda: self.table.concerned(consumer, self.engine.processes()), "reconcile")
             consumer.close()
 
     def reconcile(self, pid: int) -> None:
         self.engine.reconcile(ProcessId(pid, procfs.start_time(pid)), "reconcile")
+
+    def follows(self, pid: int) -> bool:
+        """Whether the engine has anything to do with a process still."""
+        if isinstance(self.engine, FakeEngine):
+            return pid in {p.pid for p in self.engine.processes()}
+        return procfs.tracer(pid) != 0
+
+    def altered(self, pid: int, paths: Iterable[Path] | None = None) -> dict[tuple[str, int], tuple[int, int]]:
+        """As ``altered_bytes``; of every mapped file where none is named."""
+        if isinstance(self.engine, FakeEngine):
+            names = None if paths is None else {str(p) for p in paths}
+            found = self.engine.world.altered(self.engine.world.processes[pid])
+            return {k: v for k, v in found.items() if names is None or k[0] in names}
+        return altered_bytes(pid, mapped_files(pid) if paths is None else paths)
+
+    @contextlib.contextmanager
+    def untouched(self, pid: int) -> Iterator[None]:
+        """As ``untouched``."""
+        if isinstance(self.engine, FakeEngine):
+            yield
+            assert self.altered(pid) == {}
+            assert pid not in {p.pid for p in self.engine.processes()}
+        else:
+            with untouched(pid):
+                yield
+
+    def overwrite(self, pid: int, program: Path, symbol: str, content: bytes) -> None:
+        """Changes the code of a process, as another tool would."""
+        if isinstance(self.engine, FakeEngine):
+            self.engine.world.overwrite(pid, self.files.plan(program, symbol), content[0])
+            return
+        plan = self.files.plan(program, symbol)
+        at = next(a for m in executable_mappings(pid) if m.file == plan.file and (a := m.addr(plan.offset)))
+        with open(f"/proc/{pid}/mem", "r+b", 0) as memory:
+            memory.seek(at)
+            memory.write(content)
 
     def close(self) -> None:
         for consumer in self.table.consumers:

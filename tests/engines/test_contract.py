@@ -1,29 +1,28 @@
-"""What every engine must do, whatever it is made of: the rules of docs/architecture/life-of-a-probe.md.
+"""What every engine must do, whatever it is made of: the rules of docs/architecture/semantics.md, each named in its tests.
 
+It runs unchanged over every engine of conftest.ENGINES, and speaks to targets only by commands and answers, so that they may
+be real programs or their likenesses. What is marked ``traps`` is for engines that say so of themselves (``Capabilities``).
 The oracle is always the target's own counter.
 """
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from tests.engines.host import Host, altered_bytes, mapped_files, untouched
+from tests.engines.host import Host
 from tests.support import needs
 from tests.support.children import Child, fields, python, stopped
 from tests.support.targets import Targets
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.plans import FetchPlan
 
-pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
+traps = pytest.mark.traps
 
 
-def test_counts_every_call_and_leaves_no_trace(host: Host, targets: Targets) -> None:
+def test_s3_counts_every_call_and_leaves_no_trace(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child:
-        with untouched(child.pid):
+        with host.untouched(child.pid):
             probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
             assert probe.states() == {"armed": 1}
             child.ask("call 1000")
@@ -35,6 +34,7 @@ def test_counts_every_call_and_leaves_no_trace(host: Host, targets: Targets) -> 
         assert child.count()["wrong"] == 0
 
 
+@traps
 def test_registers_and_strings_are_those_of_the_call(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     fetches = [
@@ -60,6 +60,7 @@ def test_registers_and_strings_are_those_of_the_call(host: Host, targets: Target
     assert [int(h.ts_ns) for h in hits] == sorted(int(h.ts_ns) for h in hits)
 
 
+@traps
 def test_six_arguments(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     names = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
@@ -84,7 +85,7 @@ def test_all_threads_and_those_that_come_later(host: Host, targets: Targets) -> 
         probe.unregister()
 
 
-def test_window_is_exact_while_threads_run(host: Host, targets: Targets) -> None:
+def test_r13_window_is_exact_while_threads_run(host: Host, targets: Targets) -> None:
     """calls inside [registered, unregister called] <= hits <= calls inside [register called, unregistered]."""
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")
@@ -101,49 +102,50 @@ def test_window_is_exact_while_threads_run(host: Host, targets: Targets) -> None
         with stopped(child):
             assert child.count()["wrong"] == 0
             host.engine.close()
-            assert altered_bytes(child.pid, mapped_files(child.pid)) == {}
+            assert host.altered(child.pid) == {}
 
 
-def test_registering_twice_changes_nothing(host: Host, targets: Targets) -> None:
+def test_r3_registering_twice_changes_nothing(host: Host, targets: Targets) -> None:
     plan = host.files.plan(targets.build("hot"), "target_hot")
     with targets.run("hot", "1") as child:
         probe = host.register(plan, pid=child.pid)
-        once = altered_bytes(child.pid, [targets.build("hot")])
+        once = host.altered(child.pid, [targets.build("hot")])
         again = host.register(plan, pid=child.pid)
-        assert altered_bytes(child.pid, [targets.build("hot")]) == once
+        assert host.altered(child.pid, [targets.build("hot")]) == once
         child.ask("call 10")
         assert again.hits == probe.hits == 10
 
 
-def test_consumers_share_a_site(host: Host, targets: Targets) -> None:
+def test_r1_consumers_share_a_site(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")
     with targets.run("hot", "1") as child:
         probes = [host.register(plan, probe=f"p{i}", pid=child.pid) for i in range(3)]
-        armed = altered_bytes(child.pid, [program])
+        armed = host.altered(child.pid, [program])
+        assert [p.states() for p in probes] == [{"armed": 1}] * 3, "each is told, not the first alone"
         child.ask("call 7")
         for probe in probes[:-1]:
             probe.unregister()
-            assert altered_bytes(child.pid, [program]) == armed, "the others still want it"
+            assert host.altered(child.pid, [program]) == armed, "the others still want it"
         child.ask("call 5")
         assert [p.hits for p in probes] == [7, 7, 12]
         probes[-1].unregister()
         host.engine.close()
-        assert altered_bytes(child.pid, [program]) == {}
+        assert host.altered(child.pid, [program]) == {}
 
 
-def test_selector_leaves_other_processes_alone(host: Host, targets: Targets) -> None:
+def test_r16_selector_leaves_other_processes_alone(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
-    with targets.run("hot", "1") as chosen, targets.run("hot", "1") as other, untouched(other.pid):
+    with targets.run("hot", "1") as chosen, targets.run("hot", "1") as other, host.untouched(other.pid):
         probe = host.register(host.files.plan(program, "target_hot"), pid=chosen.pid)
         chosen.ask("call 3")
         other.ask("call 100")
         assert probe.hits == 3
         assert {t.pid for t in probe.targets} == {chosen.pid}
-        assert altered_bytes(other.pid, [program]) == {}
+        assert host.altered(other.pid, [program]) == {}
 
 
-def test_without_selector_every_process_that_maps_the_file(host: Host, targets: Targets) -> None:
+def test_r16_without_selector_every_process_that_maps_the_file(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as a, targets.run("hot", "1") as b:
         probe = host.register(host.files.plan(program, "target_hot"))
@@ -153,7 +155,8 @@ def test_without_selector_every_process_that_maps_the_file(host: Host, targets: 
         probe.unregister()
 
 
-def test_every_kind_of_first_instruction(host: Host, targets: Targets) -> None:
+@traps
+def test_h3_every_kind_of_first_instruction(host: Host, targets: Targets) -> None:
     """The target compares the whole register file, the flags and memory with what they were unprobed."""
     program = targets.build("prologues")
     with targets.run("prologues") as child:
@@ -177,7 +180,7 @@ def test_every_kind_of_first_instruction(host: Host, targets: Targets) -> None:
         assert len(armed) >= 25
 
 
-def test_children_of_every_kind(host: Host, targets: Targets) -> None:
+def test_p1_children_of_every_kind(host: Host, targets: Targets) -> None:
     program = targets.build("forks")
     with targets.run("forks") as child:
         probe = host.register(host.files.plan(program, "target_forks"))
@@ -190,21 +193,21 @@ def test_children_of_every_kind(host: Host, targets: Targets) -> None:
         probe.unregister()
 
 
-def test_children_outside_the_selector_are_clean(host: Host, targets: Targets) -> None:
+def test_p1_children_outside_the_selector_are_clean(host: Host, targets: Targets) -> None:
     program = targets.build("forks")
     with targets.run("forks") as child:
         probe = host.register(host.files.plan(program, "target_forks"), pid=child.pid)
         held = int(child.ask("hold 50").split()[-1])
-        while _traced(held):
+        while host.follows(held):
             pass  # it stands still at its birth until it is clean and let go
-        assert altered_bytes(held, [program]) == {}
+        assert host.altered(held, [program]) == {}
         child.ask("go")
         child.ask("call 5")
         assert probe.hits == 5
         assert child.count()["failed"] == 0
 
 
-def test_storm_of_children_while_registering(host: Host, targets: Targets) -> None:
+def test_r2_storm_of_children_while_registering(host: Host, targets: Targets) -> None:
     program = targets.build("forks")
     plan = host.files.plan(program, "target_forks")
     with targets.run("forks") as child:
@@ -223,7 +226,7 @@ def test_storm_of_children_while_registering(host: Host, targets: Targets) -> No
 
 
 @pytest.mark.parametrize("command", ["exec", "exec-thread"])
-def test_exec_drops_the_old_image_and_arms_the_new(host: Host, targets: Targets, command: str) -> None:
+def test_p2_exec_drops_the_old_image_and_arms_the_new(host: Host, targets: Targets, command: str) -> None:
     program = targets.build("execs")
     with targets.run("execs") as child:
         probe = host.register(host.files.plan(program, "target_execs"), pid=child.pid)
@@ -238,7 +241,7 @@ def test_exec_drops_the_old_image_and_arms_the_new(host: Host, targets: Targets,
         assert not any(t.may_have_missed for t in probe.targets)
 
 
-def test_library_opened_later_is_armed_before_it_runs(host: Host, targets: Targets) -> None:
+def test_p3_library_opened_later_is_armed_before_it_runs(host: Host, targets: Targets) -> None:
     library = targets.library()
     with targets.run("dl", library) as child:
         probe = host.register(host.files.plan(library, "dlfn"), pid=child.pid)
@@ -253,7 +256,8 @@ def test_library_opened_later_is_armed_before_it_runs(host: Host, targets: Targe
         assert not any(t.may_have_missed for t in probe.targets)
 
 
-def test_blocking_calls_are_not_interrupted(host: Host, targets: Targets) -> None:
+@traps
+def test_p5_blocking_calls_are_not_interrupted(host: Host, targets: Targets) -> None:
     program = targets.build("blocking")
     plan = host.files.plan(program, "target_blocking")
     with targets.run("blocking") as child:
@@ -268,7 +272,8 @@ def test_blocking_calls_are_not_interrupted(host: Host, targets: Targets) -> Non
         assert count["failed"] == 0
 
 
-def test_signals_see_the_programs_own_addresses(host: Host, targets: Targets) -> None:
+@traps
+def test_h4_signals_see_the_programs_own_addresses(host: Host, targets: Targets) -> None:
     program = targets.build("signals")
     with targets.run("signals", "4") as child:
         probe = host.register(
@@ -286,7 +291,8 @@ def test_signals_see_the_programs_own_addresses(host: Host, targets: Targets) ->
         assert probe.hits == count["done"] + count["inner"]
 
 
-def test_own_sigtrap_handler_is_kept(host: Host, targets: Targets) -> None:
+@traps
+def test_h2_own_sigtrap_handler_is_kept(host: Host, targets: Targets) -> None:
     with targets.run("sigstate", "handler") as child:
         probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
         child.ask("call 10")
@@ -298,8 +304,9 @@ def test_own_sigtrap_handler_is_kept(host: Host, targets: Targets) -> None:
         assert (count["traps"], count["raised"], count["strange"], count["wrong"]) == (5, 5, 0, 0)
 
 
+@traps
 @pytest.mark.parametrize("mode", ["default", "blocked"])
-def test_signal_state_is_kept(host: Host, targets: Targets, mode: str) -> None:
+def test_h5_signal_state_is_kept(host: Host, targets: Targets, mode: str) -> None:
     with targets.run("sigstate", mode) as child:
         before = child.ask("state")
         probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
@@ -309,11 +316,14 @@ def test_signal_state_is_kept(host: Host, targets: Targets, mode: str) -> None:
         assert child.ask("state") == before
 
 
+@traps
 @pytest.mark.parametrize(
     ("mode", "reason"), [("ignored", "SigtrapIgnored"), ("blocked-handler", "SigtrapBlockedAndCaught")]
 )
-def test_signal_state_that_could_not_be_kept_is_refused(host: Host, targets: Targets, mode: str, reason: str) -> None:
-    with targets.run("sigstate", mode) as child, untouched(child.pid):
+def test_h5_signal_state_that_could_not_be_kept_is_refused(
+    host: Host, targets: Targets, mode: str, reason: str
+) -> None:
+    with targets.run("sigstate", mode) as child, host.untouched(child.pid):
         before = child.ask("state")
         probe = host.register(host.files.plan(targets.build("sigstate"), "target_sigstate"), pid=child.pid)
         assert [(t.state, t.reason) for t in probe.targets] == [("refused", reason)]
@@ -324,8 +334,9 @@ def test_signal_state_that_could_not_be_kept_is_refused(host: Host, targets: Tar
         host.engine.close()
 
 
+@traps
 @needs.gdb
-def test_process_of_another_debugger_is_refused(host: Host, targets: Targets) -> None:
+def test_p7_process_of_another_debugger_is_refused(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child:
         # Its word, not TracerPid: right after the attach it forks a child to try ptrace on, which must not outlive it.
@@ -337,23 +348,15 @@ def test_process_of_another_debugger_is_refused(host: Host, targets: Targets) ->
             gdb.send("detach")
             gdb.send("quit")
             assert gdb.wait() == 0
-        assert altered_bytes(child.pid, [program]) == {}
+        assert host.altered(child.pid, [program]) == {}
 
 
-def _traced(pid: int) -> bool:
-    return "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text()
-
-
-def test_changed_code_is_refused(host: Host, targets: Targets) -> None:
+def test_r14_changed_code_is_refused(host: Host, targets: Targets) -> None:
     """The instruction is taken from the file; memory that differs is somebody else's doing (semantics R14)."""
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")
     with targets.run("hot", "1") as child:
-        address = int(subprocess.check_output(["nm", program], text=True).split(" T target_six")[0].split()[-1], 16)
-        base = min(int(line.split("-")[0], 16) for line in Path(f"/proc/{child.pid}/maps").read_text().splitlines())
-        with open(f"/proc/{child.pid}/mem", "r+b", 0) as memory:
-            memory.seek(base + address)
-            memory.write(b"\xcc")
+        host.overwrite(child.pid, program, "target_six", b"\xcc")
         six = host.files.plan(program, "target_six", 1)
         probe = host.register([plan, six], pid=child.pid)
         states = {t.site: (t.state, t.reason) for t in probe.targets}
@@ -362,11 +365,11 @@ def test_changed_code_is_refused(host: Host, targets: Targets) -> None:
         assert probe.hits == 3
 
 
-def test_targets_killed_while_registering(host: Host, targets: Targets) -> None:
+def test_r4_targets_killed_while_registering(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")
     for cycle in range(10):
-        children = [Child([program, "2"]) for _ in range(4)]
+        children = [targets.start("hot", "2") for _ in range(4)]
         try:
             for child in children[::2]:
                 child.popen.kill()
@@ -406,7 +409,8 @@ for line in sys.stdin:
 """
 
 
-def test_job_control_is_as_without(host: Host, targets: Targets) -> None:
+@traps
+def test_p6_job_control_is_as_without(host: Host, targets: Targets) -> None:
     """The target's parent sees it stop and continue. (A process of its own: waiting would steal our tracees' stops.)"""
     program = targets.build("hot")
     with python(_SHELL, str(program)) as shell:
@@ -419,7 +423,7 @@ def test_job_control_is_as_without(host: Host, targets: Targets) -> None:
         probe.unregister()
 
 
-def test_dropped_hits_are_counted(host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_h1_dropped_hits_are_counted(host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trapline_agent.engines.ring.ROWS", 8)
     monkeypatch.setattr("trapline_agent.engines.ring.CHUNKS", 2)
     with targets.run("hot", "1") as child:

@@ -53,6 +53,10 @@ class Targets:
         """Returns the library that the target ``dl`` opens."""
         return self.build("dlfn", "-shared", "-fPIC")
 
+    def start(self, name: str, *args: str | Path, flags: Iterable[str] = ()) -> Child:
+        """Builds a target, starts it, waits until it is ready. The caller ends it."""
+        return Child([self.build(name, *flags), *args])
+
     @contextmanager
     def run(self, name: str, *args: str | Path, flags: Iterable[str] = ()) -> Iterator[Child]:
         """Builds a target, starts it, waits until it is ready; ends it on leaving. Raises ChildDied if harmed."""

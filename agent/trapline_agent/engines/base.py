@@ -25,6 +25,9 @@ class Capabilities:
     available: bool
     reason: str = ""
     """Why not, or what is restricted."""
+    traps: bool = True
+    """A hit is served while the thread stands at the instruction: registers and memory are those of the call, and the
+    mechanics of traps matter to the program (signals, system calls, displaced instructions)."""
 
 
 class ProcessId(NamedTuple):
@@ -108,7 +111,8 @@ class Observer(Protocol):
 
 
 class Engine(Protocol):
-    """Arms and disarms sites. Methods may be called from any thread but the engine's own."""
+    """Arms and disarms sites. Methods may be called from any thread but the engine's own, and from several at once: what has
+    to be done one after the other in a process, or in those that share memory, the engine sees to."""
 
     def capabilities(self) -> Capabilities:
         """What it can do here."""
@@ -124,4 +128,5 @@ class Engine(Protocol):
         """Processes that it follows now."""
 
     def close(self) -> None:
-        """Takes everything out of every process and lets them go."""
+        """Takes everything out of every process and lets them go; may be used again. A process that hangs is left in the
+        end, and logged."""

@@ -1,7 +1,9 @@
 """The tracer's control thread: commands of the agent, the lease, hooks' news, launched commands, signals.
 
-It never waits for the agent (``shipper`` sends) and never evaluates a hit (the engine's threads do). It may wait for the
-engine, whose work is bounded.
+It never waits for the agent (``shipper`` sends), never evaluates a hit (the engine's threads do), and looks at no process
+(``looks`` does): it changes the table in the order of what it is told, begins a round of looks, and answers when that is
+over. So a process that is slow, or hangs, keeps neither the lease from ending nor other probes from coming and going. It
+waits for the engine alone when everything is to be taken out, and then not for a process that hangs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
@@ -30,7 +33,7 @@ from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
-from trapline_agent.tracer.scan import scan
+from trapline_agent.tracer.looks import Looks
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import ASYNC, Consumer, Table
 
@@ -80,6 +83,11 @@ class Tracer:
         self._engine = PtraceEngine(self._table)
         self._table.on_exit = self._process_ended
         self._capabilities = self._engine.capabilities()
+        self._looks = Looks(self._engine)
+        self._looking: set[object] = set()
+        """Looks that go on and need not be begun a second time."""
+        self._leaving: list[Consumer] = []
+        """Withdrawn, but their bytes may still be there, and hit."""
         self._draining: deque[Consumer] = deque()
         self._rings_lock = threading.Lock()
         self._shipper = Shipper(self._drain, on_failure=lambda: self._post(self._stop))
@@ -229,15 +237,18 @@ class Tracer:
             self._agent = connection
 
     def _serve(self, message: m.ToTracer) -> None:
+        agent = self._agent
         done = m.Done(id=getattr(message, "id", 0))
         try:
             match message:
                 case m.Hello():
                     self._hello(message)
                 case m.Register():
-                    self._register(message)
+                    self._register(message, lambda error: self._answer(agent, message.id, error))
+                    done.id = 0
                 case m.Unregister(probe=probe):
-                    self._unregister(probe)
+                    self._unregister(probe, lambda: self._answer(agent, message.id, None))
+                    done.id = 0
                 case m.Watch(names=names):
                     self._hook.watch(names)
                 case m.Spare(self_pids=pids):
@@ -259,16 +270,17 @@ class Tracer:
                     self._done = True
                 case m.Renew():
                     pass
-        except TraplineError as e:
-            done.error = e.to_wire()
-        except Exception as e:
-            log.exception("serving %s failed", type(message).__name__)
-            done.error = EngineError(f"the tracer failed: {e}", hint="its log has the details").to_wire()
-        # Counted from the end of the work: a long registration does not eat up the lease.
+        except Exception as e:  # noqa: BLE001 - it is told to the agent
+            done.error = _to_wire(e)
         self._lease_end = time.monotonic() + self._lease_s
         self._lease_running = True
         if done.id:
             self._shipper.send(done)
+
+    def _answer(self, agent: Connection | None, request: int, error: Exception | None) -> None:
+        """Answers a request when its looks are over; one of an agent that has gone since has no answer."""
+        if agent is self._agent and request:
+            self._shipper.send(m.Done(id=request, error=None if error is None else _to_wire(error)))
 
     def _hello(self, hello: m.Hello) -> None:
         self._host = hello.host
@@ -295,7 +307,7 @@ class Tracer:
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
-    def _register(self, message: m.Register) -> None:
+    def _register(self, message: m.Register, done: Callable[[Exception | None], None]) -> None:
         _check_register(message)
         if not self._capabilities.available:
             raise PermissionDenied(
@@ -310,47 +322,91 @@ class Tracer:
                 on_limit=lambda: self._post(lambda: self._complete(message.probe)),
             )
 
+        known = self._table.consumer(message.probe)
+        before = None if known is None else (known.register, known.plans)
         # Publish, then look: a mapping that appears meanwhile is found by a hook or by the look (semantics R2).
-        fresh = self._table.consumer(message.probe) is None
-        self._table.publish(message, ring)
-        try:
-            self._reconcile_all("scan")
-        except Exception:
-            # Out by the way that any probe goes out, which looks at all processes again (semantics R5).
-            if fresh:
-                self._unregister(message.probe)
-            raise
-        # Before ``Done``: whoever waits for it must not take a probe that is armed for one without targets.
-        self._send_targets()
-        self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())
+        consumer = self._table.publish(message, ring)
 
-    def _unregister(self, probe: str) -> None:
+        def looked(error: Exception | None) -> None:
+            if error is None:
+                # Before ``Done``: whoever waits for it must not take a probe that is armed for one without targets.
+                self._send_targets()
+                self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())
+                done(None)
+            elif before is not None:
+                # Its processes are looked at once more, for what is wanted without the new sites (semantics R5).
+                self._table.retract(message, *before)
+                followed = self._engine.processes
+                self._look(lambda: self._table.concerned(consumer, followed()), "reconcile", lambda _: done(error))
+            else:
+                # Out by the way that any probe goes out, which lists the processes again (semantics R5).
+                self._unregister(message.probe, lambda: done(error))
+
+        self._look(lambda: self._table.candidates(consumer), "scan", looked)
+
+    def _unregister(self, probe: str, done: Callable[[], None] = lambda: None) -> None:
         consumer = self._table.withdraw(probe)
         if consumer is None:
+            done()
             return
-        for identity in self._engine.processes():
-            # To the other probes there it is one more look. One that fails must not keep the others armed; it is looked at
-            # again by and by.
-            self._safely(self._engine.reconcile, identity, "reconcile")
-        consumer.close()
         with self._rings_lock:
+            self._leaving.append(consumer)
+
+        def looked(error: Exception | None) -> None:
+            # One process that failed must not keep the others armed; it is looked at again by and by.
+            self._part(consumer)
+            done()
+
+        self._look(lambda: self._table.concerned(consumer, self._engine.processes()), "reconcile", looked)
+
+    def _part(self, consumer: Consumer) -> None:
+        """The last of a consumer whose bytes are out."""
+        with self._rings_lock:
+            if consumer not in self._leaving:
+                return  # everything was taken out meanwhile
+            self._leaving.remove(consumer)
             self._draining.append(consumer)
+        consumer.close()
         self._shipper.send(self._stats_of(consumer))
-        self._stats.pop(probe, None)
+        self._stats.pop(consumer.probe, None)
         self._shipper.data()
 
     def _complete(self, probe: str) -> None:
         if self._table.consumer(probe) is not None:
-            self._unregister(probe)
-            self._shipper.send(m.Completed(probe=probe))
+            self._unregister(probe, lambda: self._shipper.send(m.Completed(probe=probe)))
 
     def _take_all_out(self) -> None:
+        """Leaves nothing of ours in any process. Looks that go on find nothing wanted; none of them is waited for."""
         for consumer in self._table.consumers:
-            self._safely(self._unregister, consumer.probe)
+            self._table.withdraw(consumer.probe)
+            with self._rings_lock:
+                self._leaving.append(consumer)
         for command in self._commands.values():
             if command.held and command.status is None:
                 self._safely(_kill, command)
         self._safely(self._engine.close)
+        for consumer in list(self._leaving):
+            self._safely(self._part, consumer)
+
+    def _look(
+        self,
+        find: Callable[[], Iterable[ProcessId]],
+        cause: str,
+        done: Callable[[Exception | None], None] = lambda error: None,
+    ) -> None:
+        """Begins a round of looks; ``done`` is called on this thread."""
+        self._looks.begin(find, cause, lambda error: self._post(lambda: done(error)))
+
+    def _look_once(self, key: object, find: Callable[[], Iterable[ProcessId]], cause: str = "reconcile") -> None:
+        """Begins a round that nobody waits for, unless one of this key goes on."""
+        if key not in self._looking:
+            self._looking.add(key)
+            self._look(find, cause, lambda error: self._looked(key, error))
+
+    def _looked(self, key: object, error: Exception | None) -> None:
+        self._looking.discard(key)
+        if error is not None:
+            log.error("a look for %s failed; it is repeated by and by", key, exc_info=error)
 
     def _mapped(self, pid: int) -> None:
         """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
@@ -362,10 +418,14 @@ class Tracer:
 
     def _reconcile_pid(self, pid: int, cause: str) -> None:
         with contextlib.suppress(OSError):
-            self._engine.reconcile(ProcessId(pid, procfs.start_time(pid)), cause)
+            identity = ProcessId(pid, procfs.start_time(pid))
+            self._look(lambda: [identity], cause)
 
-    def _reconcile_all(self, cause: str = "reconcile") -> None:
-        scan(self._table, self._engine, cause)
+    def _reconcile_all(self) -> None:
+        self._look(self._everyone, "reconcile")
+
+    def _everyone(self) -> set[ProcessId]:
+        return self._table.candidates() | set(self._engine.processes())
 
     def _reconcile_every(self) -> float:
         return _RECONCILE_S if self._hooked else _RECONCILE_UNHOOKED_S
@@ -376,7 +436,7 @@ class Tracer:
         """On the shipper's thread."""
         with self._rings_lock:
             # A probe that was taken out and registered again: first what it had before.
-            consumers = [*self._draining, *self._table.consumers]
+            consumers = [*self._draining, *self._leaving, *self._table.consumers]
             self._draining.clear()
         return [
             (consumer.ring, count, batch)
@@ -406,7 +466,8 @@ class Tracer:
             self._shipper.send(m.Targets(probe=probe, targets=targets))
 
     def _tick(self, now: float) -> None:
-        self._engine.tick()
+        if retry := self._engine.tick():
+            self._look(lambda: retry, "reconcile")
         for consumer in self._table.consumers:
             stats = self._stats_of(consumer)
             if self._stats.get(consumer.probe) != stats:
@@ -414,9 +475,12 @@ class Tracer:
                 self._shipper.send(stats)
         if now >= self._next_reconcile:
             self._next_reconcile = now + self._reconcile_every()
-            self._table.mark_ended()
             if self._table.consumers or self._engine.processes():
-                self._reconcile_all()
+                self._look_once("all processes", self._everyone_living)
+
+    def _everyone_living(self) -> set[ProcessId]:
+        self._table.mark_ended()
+        return self._everyone()
 
     def _end_lease(self) -> None:
         self._lease_running = False
@@ -441,7 +505,9 @@ class Tracer:
     # --- launched commands -------------------------------------------------------------------------------------------
 
     def _launch(self, message: m.Launch) -> int:
-        command = start(message, self._engine.hold, self._before_exec)
+        # Until it is held nobody else may follow it, who looks at processes beside us.
+        with self._engine.attaching.paused():
+            command = start(message, self._engine.hold, self._before_exec)
         self._commands[command.pid] = command
         self._selector.register(command.pidfd, selectors.EVENT_READ, lambda: self._command_changed(command.pid))
         return command.pid
@@ -496,6 +562,13 @@ class Tracer:
                 for command in running:
                     self._command_changed(command.pid)
                 running = [c for c in running if c.status is None]
+
+
+def _to_wire(error: Exception) -> dict[str, Any]:
+    if isinstance(error, TraplineError):
+        return error.to_wire()
+    log.error("serving a request failed", exc_info=error)
+    return EngineError(f"the tracer failed: {error}", hint="its log has the details").to_wire()
 
 
 def _check_hello(hello: m.Hello) -> None:

@@ -9,9 +9,15 @@ Invariants
    and the engine's answer is idempotent, so that it does not matter which comes first or whether two do (R3).
 3. Snapshots are replaced, never changed: ``wanted`` runs on the engine's threads without a lock, and sees one state whole.
 4. A process of Trapline's own is never wanted in (P11).
-5. A file without uprobes costs one look into a dictionary (R8).
+5. A file without uprobes costs one look into a dictionary, and a process that maps none of a probe's files is not looked at
+   on its behalf: when nothing is wanted, no process is (R8).
+6. What is wanted follows from the mappings as they are, and from nothing that was counted up or down before (R12). So a
+   mapping that is refused is refused again wherever it comes back, and each target says so (R15).
+7. A target is what the engine said last about one site of one process to one consumer. It is never forgotten while its
+   process lives and the consumer is there; what is not meant any more is ``gone``.
 
-Only the control thread publishes and withdraws; the engine's threads ask and report.
+Only the control thread publishes and withdraws, in the order of what it is told; so the table has one writer and needs no
+lock for each inode (R6). Everybody else asks and reports, from any thread.
 """
 
 from __future__ import annotations
@@ -27,10 +33,10 @@ from trapline.errors import Conflict
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
-from trapline_agent.targets import maps, process
+from trapline_agent.targets import maps
 from trapline_agent.targets.maps import Mapping as FileMapping
+from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.messages import Register, TargetState
 
@@ -67,8 +73,8 @@ class Consumer:
         return "pid" in self.register.where or "tree" in self.register.where
 
     def add(self, plans: Iterable[SitePlan]) -> None:
+        self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
-            self.plans[plan.file, plan.offset] = plan
             if plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
@@ -82,11 +88,15 @@ class Consumer:
 
 
 class _Parents(dict[int, int]):
-    """Parents of processes, looked up in /proc when asked for."""
+    """Parents of processes, looked up when asked for."""
+
+    def __init__(self, proc: Proc) -> None:
+        super().__init__()
+        self._proc = proc
 
     def get(self, pid: int, default: int | None = None) -> int:  # type: ignore[override] # 0, never None, for the unknown
         try:
-            return int(procfs.stat_fields(pid)[1])
+            return self._proc.parent(pid)
         except (OSError, ValueError):
             return default or 0
 
@@ -101,8 +111,13 @@ class _Snapshot:
 class Table:
     """The ``Observer`` of the engine. See the module for who may call what."""
 
-    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
-        """``on_change`` is called by any thread when targets changed; it must not block."""
+    def __init__(self, on_change: Callable[[], None] = lambda: None, proc: Proc | None = None) -> None:
+        """
+        Args:
+            on_change: called by any thread when targets changed; it must not block.
+            proc: the processes; by default this host's.
+        """
+        self._proc = RealProc() if proc is None else proc
         self._now = _Snapshot()
         self._consumers: dict[str, Consumer] = {}
         self._loaders: dict[FileKey, SitePlan] = {}
@@ -149,6 +164,19 @@ class Table:
         self._renew()
         return consumer
 
+    def retract(self, register: Register, before: Register, plans: Mapping[tuple[FileKey, int], SitePlan]) -> None:
+        """Takes back what a second registration added (semantics R5); nothing, if another has come since.
+
+        Args:
+            register: the one that failed.
+            before, plans: what ``Consumer.register`` and a copy of ``Consumer.plans`` were before it was published.
+        """
+        consumer = self._consumers.get(register.probe)
+        if consumer is not None and consumer.register is register:
+            consumer.register = before
+            consumer.plans = dict(plans)
+            self._renew()
+
     def withdraw(self, probe: str) -> Consumer | None:
         """Takes a consumer away; its sites are wanted no more. Its ``close`` is due when they are out."""
         consumer = self._consumers.pop(probe, None)
@@ -170,25 +198,49 @@ class Table:
             tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
         )
 
-    def candidates(self) -> list[ProcessId]:
-        """Looks at every process of the host, and returns those in which something may be wanted."""
+    # --- whoever looks at processes ----------------------------------------------------------------------------------
+
+    def candidates(self, consumer: Consumer | None = None) -> set[ProcessId]:
+        """Looks through the processes of the host, and returns those in which something may be wanted: by this consumer, or
+        by any. Where nothing can be, none is looked at (R8)."""
         now = self._now
-        needles = [maps.needle(f) for f in now.by_file]
-        named = {int(c.register.where[k]) for c in now.consumers for k in ("pid", "tree") if k in c.register.where}
-        if not needles and not named:
-            return []
-        found: list[ProcessId] = []
-        for pid in process.pids():
+        asking = now.consumers if consumer is None else (consumer,)
+        needles = {maps.needle(file) for c in asking for file, _ in c.plans}
+        named = {int(c.register.where[k]) for c in asking for k in ("pid", "tree") if k in c.register.where}
+        if all("pid" in c.register.where for c in asking):
+            pids = sorted(named)
+        elif needles or named:
+            pids = self._proc.pids()
+        else:
+            return set()
+        found: set[ProcessId] = set()
+        for pid in pids:
             if pid in self.self_pids:
                 continue
             try:
                 if pid not in named:
-                    text = maps.read_maps(pid)
+                    text = self._proc.maps(pid)
                     if not any(n in text for n in needles):
                         continue
-                found.append(ProcessId(pid, procfs.start_time(pid)))
+                found.add(ProcessId(pid, self._proc.start_time(pid)))
             except OSError:
                 continue  # ended meanwhile, or another user's
+        return found
+
+    def concerned(self, consumer: Consumer, followed: Iterable[ProcessId]) -> set[ProcessId]:
+        """Returns the processes, of those that are followed, in which a consumer that was withdrawn may have left something:
+        a site, a target, or only that it is followed."""
+        needles = {maps.needle(file) for file, _ in consumer.plans}
+        with self._lock:
+            known = {ProcessId(*key[:2]) for key, t in consumer.targets.items() if t.state != "gone"}
+        found: set[ProcessId] = set()
+        for identity in followed:
+            if not consumer.follows and identity not in known:
+                with contextlib.suppress(OSError):  # then it is one that is looked at
+                    text = self._proc.maps(identity.pid)
+                    if text and not any(n in text for n in needles):
+                        continue
+            found.add(identity)
         return found
 
     def mark_ended(self) -> None:
@@ -198,7 +250,7 @@ class Table:
             living = {k[:2] for c in self._consumers.values() for k, t in c.targets.items() if t.state != "gone"}
         for identity in living:
             try:
-                if procfs.start_time(identity[0]) == identity[1]:
+                if self._proc.start_time(identity[0]) == identity[1]:
                     continue
             except ProcessLookupError:
                 pass
@@ -225,12 +277,12 @@ class Table:
             self._ancestors[identity] = (parent.pid, *self._ancestors_of(parent))
         if identity.pid in self.self_pids:
             return Wanted()
-        facts = process.facts(identity.pid)
+        facts = self._proc.facts(identity.pid)
         if facts is None or facts.start_time != identity.start_time:
             raise ProcessLookupError(f"process {identity.pid} is gone")
         parents = self._parents(identity)
         matching = {c for c in now.consumers if c.selector.matches(facts, parents)}
-        mappings = maps.executable_mappings(identity.pid)
+        mappings = maps.parse_maps(self._proc.maps(identity.pid))
 
         def still_mapped(addr: int, plan: SitePlan) -> bool:
             return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
@@ -266,7 +318,7 @@ class Table:
         if known is not None:
             return known
         chain: list[int] = []
-        parents = _Parents()
+        parents = _Parents(self._proc)
         pid = parents.get(identity.pid)
         while pid and pid not in chain:
             chain.append(pid)
@@ -276,15 +328,13 @@ class Table:
     def _parents(self, identity: ProcessId) -> dict[int, int]:
         chain = self._ancestors.get(identity)
         if chain is None:
-            return _Parents()
+            return _Parents(self._proc)
         return dict(zip((identity.pid, *chain), chain, strict=False))
 
     def report(self, identity: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
-        comm = ""
-        with contextlib.suppress(OSError):
-            comm = procfs.comm(identity.pid)
         since = time.time_ns()
-        facts = process.facts(identity.pid)
+        facts = self._proc.facts(identity.pid)
+        comm = "" if facts is None else facts.comm
         parents = self._parents(identity)
         changed = False
         with self._lock:

@@ -1,5 +1,5 @@
 """What is decided about an instruction before it is displaced. That it then runs right is the contract suite's matter
-(tests/engines, ``test_every_kind_of_first_instruction``), with the processor itself as the oracle."""
+(tests/engines, ``test_h3_every_kind_of_first_instruction``), with the processor itself as the oracle."""
 
 from __future__ import annotations
 

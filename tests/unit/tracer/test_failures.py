@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command
+from trapline_agent.tracer.looks import Looks
 from trapline_agent.tracer.loop import Tracer
-from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import Table
 
@@ -58,24 +57,9 @@ class Engine:
 
 def test_a_look_at_all_goes_on_behind_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine()
-    scan(Table(), engine, "scan")
+    Looks(engine).run(engine.processes, "scan")
     assert sorted(engine.looked_at) == [1, 2, 3]
     assert "process 1 could not be looked at" in caplog.text
-
-
-@pytest.fixture
-def tracer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracer]:
-    monkeypatch.chdir(tmp_path)  # a Unix socket's path is short
-    before = signal.getsignal(signal.SIGUSR1)
-    tracer = Tracer(Path("s"), stay=True)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    yield tracer
-    tracer._shipper.close()
-    tracer._server.close()
-    signal.set_wakeup_fd(-1)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    signal.signal(signal.SIGUSR1, before)
 
 
 @needs.ptrace
@@ -95,7 +79,7 @@ def test_all_is_taken_out_whatever_fails(tracer: Tracer, monkeypatch: pytest.Mon
         held.kill()
         for command in commands:
             os.close(command.pidfd)
-    assert engine.looked_at == [1, 2, 3] * 2
+    assert tracer._draining
     assert tracer._table.consumers == ()
     assert engine.closed
 

@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.ptrace.attaching import Attaching
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
@@ -18,6 +20,7 @@ from trapline_agent.kernel import procfs, ptrace
 
 log = logging.getLogger(__name__)
 
+CLOSE_PATIENCE_S = 30.0
 _HOLD_TIMEOUT_S = 10.0
 _MAX_COMMS = 8192
 """Names of processes that are remembered, of ended ones too: hits are drained later than they are made."""
@@ -27,6 +30,8 @@ class PtraceEngine:
     """An ``Engine``. Make it on the main thread: it takes SIGUSR1 as the doorbell of its threads."""
 
     name = "ptrace"
+    traps = True
+    """See ``Capabilities``."""
 
     def __init__(self, observer: Observer) -> None:
         signal.signal(DOORBELL, lambda signum, frame: None)
@@ -37,6 +42,7 @@ class PtraceEngine:
         self._started: set[TraceThread] = set()
         """Tracer threads that run, or have ended and were not waited for."""
         self._reaper = Reaper()
+        self.attaching = Attaching()
         self._retry: set[ProcessId] = set()
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
@@ -73,8 +79,12 @@ class PtraceEngine:
                 wanted = self.observer.wanted(process, cause)
                 if not wanted.sites and not wanted.keep:
                     return
-                self._attach(process, cause, wanted)
-                return
+                with self.attaching.alone(process.pid):
+                    with self._lock:
+                        meanwhile = process.pid in self._threads
+                    if not meanwhile:
+                        self._attach(process, cause, wanted)
+                        return
             except Ended:
                 if thread is not None:
                     self._unmap(process.pid, thread)
@@ -127,9 +137,10 @@ class PtraceEngine:
         look like one that the kernel attached to the new thread."""
         with self._lock:
             ending = {t for t in self._started if t.ended}
-            self._started -= ending
         for old in ending:
             old.wait_gone()
+        with self._lock:
+            self._started -= ending
         thread = TraceThread(self, self.observer, self._reaper)
         with self._lock:
             self._started.add(thread)
@@ -150,35 +161,47 @@ class PtraceEngine:
             process = self._processes.get(pid)
         return process is not None and process.hooked
 
-    def tick(self) -> None:
-        """Tries again what could not be done before: to let go, or to arm. To be called every second or so."""
+    def tick(self) -> list[ProcessId]:
+        """Tries again to let go what it could not before, and returns what could not be armed: the caller is to reconcile
+        that again. To be called every second or so."""
         with self._lock:
             retry, self._retry = self._retry, set()
-        for process in retry:
-            self.reconcile(process, "reconcile")
-        with self._lock:
             idle = [p.id.pid for p in self._processes.values() if p.lingering and not p.released]
             threads = {self._threads.get(pid) for pid in idle} - {None}
         for thread in threads:
             assert thread is not None
-            with contextlib.suppress(Ended):
-                thread.call(lambda: None)
+            thread.ring()
+        return list(retry)
 
-    def close(self) -> None:
+    def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         """See ``Engine``; takes everything out, whatever the observer wants. Returns when every thread has let its processes
-        go."""
+        go, but for those that hang: when none has gone for ``patience_s``, the rest is logged and left."""
         with self._lock:
             threads = set(self._started)
-            self._started.clear()
-        for thread in threads:
-            with contextlib.suppress(Ended):
-                thread.call(thread.take_out)
-        for thread in threads:
-            while thread.is_alive():
-                with contextlib.suppress(Ended):
-                    thread.call(lambda: None)
-                thread.join(0.05)
-            thread.wait_gone()
+        closers = {t: threading.Thread(target=self._close, args=(t,), daemon=True) for t in threads}
+        for closer in closers.values():
+            closer.start()
+        while closers:
+            before = len(closers)
+            deadline = time.monotonic() + patience_s
+            while len(closers) == before and time.monotonic() < deadline:
+                next(iter(closers.values())).join(0.05)
+                closers = {t: c for t, c in closers.items() if c.is_alive()}
+            if len(closers) == before:
+                with self._lock:
+                    pids = sorted(pid for pid, t in self._threads.items() if t in closers)
+                log.error("processes %s could not be let go in %.3g s; they hang, and are left", pids, patience_s)
+                return
+
+    def _close(self, thread: TraceThread) -> None:
+        with contextlib.suppress(Ended):
+            thread.call(thread.take_out)
+        while thread.is_alive():
+            thread.ring()
+            thread.join(0.05)
+        thread.wait_gone()
+        with self._lock:
+            self._started.discard(thread)
 
     # --- launched commands -------------------------------------------------------------------------------------------
 

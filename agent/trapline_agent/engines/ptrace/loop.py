@@ -122,12 +122,18 @@ class TraceThread(threading.Thread):
             if self._ended:
                 raise Ended
             self._commands.append(command)  # type: ignore[arg-type] # the deque does not read results
-        self._wake.set()
+        pause = 0.001
         while not command.taken.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                ptrace.thread_kill(os.getpid(), self.native_id or 0, DOORBELL)
-            command.taken.wait(0.001)
+            self.ring()
+            command.taken.wait(pause)
+            pause = min(2 * pause, 0.05)  # it is at work, or hangs
         return command.result()
+
+    def ring(self) -> None:
+        """Wakes it, to see what there is to do; the ring may be lost."""
+        self._wake.set()
+        with contextlib.suppress(ProcessLookupError):
+            ptrace.thread_kill(os.getpid(), self.native_id or 0, DOORBELL)
 
     def wait_gone(self) -> None:
         """Waits until the kernel's thread has ended too: only that lets its tracees go, later than Python's thread ends."""
@@ -537,9 +543,11 @@ class TraceThread(threading.Thread):
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
             if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+                # To a consumer that joins, or leaves this process alone, the site is news too.
+                joined = site.sinks != request.sinks
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
-                if cause == "fork":
+                if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
             memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))

@@ -1,0 +1,158 @@
+"""An ``Engine`` over a ``World``: one byte a site, as int3 engines have it, without threads and without the mechanics of
+traps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, SiteRequest
+from trapline_agent.engines.fake.world import BREAKPOINT, Memory, SimulatedProcess, World
+
+
+@dataclass(eq=False)
+class _Followed:
+    id: ProcessId
+    process: SimulatedProcess
+    sites: dict[int, SiteRequest] = field(default_factory=dict)
+    """Of its memory: one dictionary for those that share it."""
+
+
+class FakeEngine:
+    """See the module. Any thread; the world's lock orders everything."""
+
+    name = "fake"
+    traps = False
+    """See ``Capabilities``."""
+
+    def __init__(self, observer: Observer, world: World | None = None) -> None:
+        self.observer = observer
+        self.world = world if world is not None else World()
+        self.world.watcher = self
+        self._followed: dict[int, _Followed] = {}
+        self.comms: dict[int, str] = {}
+        self.on_reconcile: Callable[[ProcessId], None] = lambda process: None
+        """Called first of all in ``reconcile``; a test raises there what is to go wrong."""
+        self._memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(self.name, True, "simulated processes only", self.traps)
+
+    # --- Engine ------------------------------------------------------------------------------------------------------
+
+    def reconcile(self, process: ProcessId, cause: str) -> None:
+        self.on_reconcile(process)
+        with self.world.lock:
+            found = self.world.processes.get(process.pid)
+            if found is not None and found.start_time == process.start_time:
+                self._reconcile(found, cause)
+
+    def _reconcile(self, process: SimulatedProcess, cause: str, parent: SimulatedProcess | None = None) -> None:
+        identity = _id(process)
+        sharers = [f for f in self._followed.values() if f.process.memory is process.memory]
+        if sharers and sharers[0].process is not process:
+            return  # memory has one answer, that of the first who has it
+        try:
+            wanted = self.observer.wanted(identity, cause, None if parent is None else _id(parent))
+        except ProcessLookupError:
+            return
+        followed = self._followed.get(process.pid)
+        if followed is None:
+            if not wanted.sites and not wanted.keep:
+                return
+            if process.debugger:
+                why = f"process {process.pid} is traced by {process.debugger}"
+                self.observer.report(
+                    identity, [SiteReport(r.addr, r.plan, "refused", "TracedByOther", why) for r in wanted.sites], cause
+                )
+                return
+            followed = self._followed[process.pid] = _Followed(identity, process)
+            self.comms[process.pid] = process.comm
+        desired = {r.addr: r for r in wanted.sites}
+        reports: list[SiteReport] = []
+        for addr, site in list(followed.sites.items()):
+            request = desired.get(addr)
+            if request is not None and (request.plan.file, request.plan.offset) == (site.plan.file, site.plan.offset):
+                followed.sites[addr] = request
+                if cause == "fork" or site.sinks != request.sinks:
+                    reports.append(SiteReport(addr, site.plan, "armed"))
+                continue
+            del followed.sites[addr]
+            if wanted.still_mapped(addr, site.plan) and self.world.read(process.memory, addr) == BREAKPOINT:
+                self.world.write(process.memory, addr, site.plan.code[0])
+            if cause != "fork":
+                reports.append(SiteReport(addr, site.plan, "gone"))
+        for addr, request in desired.items():
+            if addr not in followed.sites:
+                reports.append(self._arm(followed, addr, request))
+        if not followed.sites and not wanted.keep:
+            del self._followed[process.pid]
+        self.observer.report(identity, reports, cause)
+
+    def _arm(self, followed: _Followed, addr: int, request: SiteRequest) -> SiteReport:
+        if request.refusal is not None:
+            return SiteReport(addr, request.plan, "refused", *request.refusal)
+        found = self.world.read(followed.process.memory, addr)
+        if found != request.plan.code[0]:
+            reason = "BreakpointPresent" if found == BREAKPOINT else "TextDiffers"
+            return SiteReport(addr, request.plan, "refused", reason, f"{found:#x} is at {addr:#x}")
+        self.world.write(followed.process.memory, addr, BREAKPOINT)
+        followed.sites[addr] = request
+        return SiteReport(addr, request.plan, "armed")
+
+    def processes(self) -> list[ProcessId]:
+        with self.world.lock:
+            return [f.id for f in self._followed.values()]
+
+    def close(self) -> None:
+        with self.world.lock:
+            for followed in list(self._followed.values()):
+                for addr, site in followed.sites.items():
+                    self.world.write(followed.process.memory, addr, site.plan.code[0])
+                del self._followed[followed.id.pid]
+                self.observer.exited(followed.id, None)
+
+    # --- Watcher: the world, under its lock --------------------------------------------------------------------------
+
+    def trapped(self, process: SimulatedProcess, addr: int) -> bool:
+        followed = self._followed.get(process.pid)
+        site = followed.sites.get(addr) if followed is not None else None
+        if site is None:
+            return False
+        for sink in site.sinks:
+            sink(time.monotonic_ns(), process.pid, process.pid, (), self._memory)
+        return True
+
+    def forked(self, parent: SimulatedProcess, child: SimulatedProcess) -> None:
+        followed = self._followed.get(parent.pid)
+        if followed is None:
+            return
+        self.comms[child.pid] = child.comm
+        shares = child.memory is parent.memory
+        self._followed[child.pid] = _Followed(_id(child), child, followed.sites if shares else dict(followed.sites))
+        self._reconcile(child, "fork", parent)
+
+    def execed(self, process: SimulatedProcess, old: Memory) -> None:
+        followed = self._followed.get(process.pid)
+        if followed is None:
+            return
+        self.comms[process.pid] = process.comm
+        gone = [SiteReport(addr, site.plan, "gone") for addr, site in followed.sites.items()]
+        followed.sites = {}
+        self.observer.report(followed.id, gone, "exec")
+        self._reconcile(process, "exec")
+
+    def mapped(self, process: SimulatedProcess) -> None:
+        if process.pid in self._followed:
+            self._reconcile(process, "mmap")
+
+    def ended(self, process: SimulatedProcess) -> None:
+        followed = self._followed.pop(process.pid, None)
+        if followed is not None:
+            self.observer.exited(followed.id, process.status)
+
+
+def _id(process: SimulatedProcess) -> ProcessId:
+    return ProcessId(process.pid, process.start_time)

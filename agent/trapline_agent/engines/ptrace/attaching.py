@@ -1,0 +1,55 @@
+"""Who may begin to follow a process: one thread at a time in each address space.
+
+Looks at processes go on side by side. Two threads that seized the threads of one process would each have a part of it, and
+two that seized processes that share memory (vfork, CLONE_VM) would write into it without knowing of one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from trapline_agent.kernel import procfs, ptrace
+
+
+class Attaching:
+    """The processes that are being attached. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._busy: set[int] = set()
+        self._paused = 0
+
+    @contextlib.contextmanager
+    def alone(self, pid: int) -> Iterator[None]:
+        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory."""
+        with self._changed:
+            while self._paused or any(other == pid or _share_memory(other, pid) for other in self._busy):
+                self._changed.wait()
+            self._busy.add(pid)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.discard(pid)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets no other attach begin; those that go on are not waited for."""
+        with self._changed:
+            self._paused += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._paused -= 1
+                self._changed.notify_all()
+
+
+def _share_memory(one: int, other: int) -> bool:
+    try:
+        return ptrace.same_address_space(procfs.live_task(one), procfs.live_task(other))
+    except OSError:
+        return False  # one of them has ended

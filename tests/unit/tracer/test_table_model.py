@@ -1,0 +1,299 @@
+"""The uprobe table against a model of it, over simulated processes: hypothesis makes up the events, in any order.
+
+The model is the definition: a place is armed if it is mapped, private and read-only, if its code is the file's, and if a
+consumer wants it whose selector means the process. It knows nothing of what was before. The oracle of a hit is the world's
+own count of the calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from trapline_agent.engines.base import ProcessId
+from trapline_agent.engines.fake import FakeEngine, World
+from trapline_agent.engines.fake.world import BREAKPOINT, PAGE, SimulatedFile, SimulatedProcess
+from trapline_agent.engines.ring import HitRing
+from trapline_agent.plans import SitePlan
+from trapline_agent.targets.maps import Mapping
+from trapline_agent.tracer.looks import Looks
+from trapline_agent.tracer.messages import Register
+from trapline_agent.tracer.table import Consumer, Table
+
+OFFSETS = (0, 8, PAGE - 4, PAGE, 2 * PAGE + 8, 4 * PAGE - 4)
+BAD = 8
+"""At this offset the plan's code is not what the file has (semantics R14)."""
+COMMS = ("red", "blue")
+PROTS = ("r-xp", "r-xp", "rwxp", "r-xs")
+
+
+@dataclass
+class Wish:
+    """A consumer, as the model has it."""
+
+    consumer: Consumer
+    where: dict[str, str]
+    places: set[tuple[SimulatedFile, int]]
+    hits: int = 0
+
+
+@dataclass
+class Model:
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    parents: dict[int, int] = field(default_factory=dict)
+
+    def means(self, wish: Wish, process: SimulatedProcess) -> bool:
+        pid: int | None = process.pid
+        chain = []
+        while pid is not None:
+            chain.append(str(pid))
+            pid = self.parents.get(pid)
+        tests = {"pid": chain[:1], "tree": chain, "comm": [process.comm]}
+        return all(value in tests[key] for key, value in wish.where.items())
+
+    def wanted(self, wish: Wish, process: SimulatedProcess) -> dict[int, str]:
+        """Returns what has to be where, by address: ``armed`` or ``refused``."""
+        found = {}
+        for file, offset in wish.places if self.means(wish, process) else ():
+            for m in process.memory.mappings:
+                if m.file == file.key and m.offset <= offset < m.offset + m.end - m.start:
+                    fine = m.prot == "r-xp" and offset != BAD
+                    found[m.start + offset - m.offset] = "armed" if fine else "refused"
+        return found
+
+
+def plan(file: SimulatedFile, offset: int, site: int) -> SitePlan:
+    made = file.plan(offset, site)
+    return SitePlan(site, made.file, made.path, offset, b"\x90" + made.code[1:]) if offset == BAD else made
+
+
+class OddError(Exception):
+    """What an engine fails with in these tests."""
+
+
+class TableMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.files = [self.world.file(f"/simulated/{n}") for n in range(2)]
+        self.table = Table(proc=self.world)
+        self.engine = FakeEngine(self.table, self.world)
+        self.looks = Looks(self.engine, workers=3)
+        self.model = Model()
+        self.late: set[int] = set()
+        """Processes that changed without telling anybody: the next look finds it (semantics P4)."""
+        self.ended: list[tuple[HitRing, int]] = []
+        self.names = iter(range(1_000_000))
+
+    # --- processes ---------------------------------------------------------------------------------------------------
+
+    def some(self, data: st.DataObject) -> SimulatedProcess:
+        return self.world.processes[data.draw(st.sampled_from(sorted(self.world.processes)))]
+
+    def followed(self, process: SimulatedProcess) -> bool:
+        return process.pid in {p.pid for p in self.engine.processes()}
+
+    def changed(self, process: SimulatedProcess, *, told: bool) -> None:
+        if not told or not self.followed(process):
+            self.late.add(process.pid)
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.world.processes) < 6)
+    def spawn(self, data: st.DataObject) -> None:
+        files = data.draw(st.lists(st.sampled_from(self.files), unique_by=lambda f: f.path))
+        self.late.add(self.world.spawn(*files, comm=data.draw(st.sampled_from(COMMS))).pid)
+
+    @rule(data=st.data())
+    @precondition(lambda self: 0 < len(self.world.processes) < 6)
+    def fork(self, data: st.DataObject) -> None:
+        parent = self.some(data)
+        child = self.world.fork(parent)
+        self.model.parents[child.pid] = parent.pid
+        if parent.pid in self.late or not self.followed(parent):
+            self.late.add(child.pid)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.world.processes)
+    def exec(self, data: st.DataObject) -> None:
+        process = self.some(data)
+        followed = self.followed(process)
+        files = data.draw(st.lists(st.sampled_from(self.files), unique_by=lambda f: f.path))
+        self.world.exec(process, *files, comm=data.draw(st.sampled_from(COMMS)))
+        if not followed:
+            self.late.add(process.pid)
+
+    @rule(data=st.data(), told=st.booleans())
+    @precondition(lambda self: self.world.processes)
+    def mmap(self, data: st.DataObject, told: bool) -> None:
+        process = self.some(data)
+        if len(process.memory.mappings) < 4:
+            self.changed(process, told=told)
+            self.world.mmap(
+                process, data.draw(st.sampled_from(self.files)), data.draw(st.sampled_from(PROTS)), told=told
+            )
+
+    @rule(data=st.data(), told=st.booleans(), first=st.integers(0, 3), length=st.integers(1, 4))
+    @precondition(lambda self: any(p.memory.mappings for p in self.world.processes.values()))
+    def munmap(self, data: st.DataObject, told: bool, first: int, length: int) -> None:
+        process = self.some(data)
+        if process.memory.mappings:
+            m: Mapping = data.draw(st.sampled_from(process.memory.mappings))
+            self.changed(process, told=told)
+            start = min(m.start + first * PAGE, m.end - PAGE)
+            self.world.munmap(process, start, min(start + length * PAGE, m.end), told=told)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.world.processes)
+    def end(self, data: st.DataObject) -> None:
+        self.world.end(self.some(data))
+
+    # --- probes ------------------------------------------------------------------------------------------------------
+
+    def publish(self, data: st.DataObject) -> tuple[Consumer, dict[str, str], set[tuple[SimulatedFile, int]]]:
+        pids = [str(p) for p in self.world.processes]
+        kinds = [{}, {"comm": "red"}, *({key: pid} for key in ("pid", "tree") for pid in pids[:3])]
+        where: dict[str, str] = data.draw(st.sampled_from(kinds))
+        places = data.draw(
+            st.sets(st.tuples(st.sampled_from(self.files), st.sampled_from(OFFSETS)), min_size=1, max_size=4)
+        )
+        plans = [plan(f, o, n) for n, (f, o) in enumerate(sorted(places, key=lambda p: (p[0].path, p[1])))]
+        name = f"p{next(self.names)}"
+        register = Register(id=1, probe=name, generation=1, sites=["s"] * len(plans), plans=plans, where=where)
+        return self.table.publish(register, HitRing), where, places
+
+    def round(self, consumer: Consumer) -> None:
+        self.looks.run(lambda: self.table.candidates(consumer), "scan")
+
+    def part(self, name: str) -> None:
+        consumer = self.table.withdraw(name)
+        assert consumer is not None
+        self.looks.run(lambda: self.table.concerned(consumer, self.engine.processes()), "reconcile")
+        consumer.close()
+        self.ended.append((consumer.ring, consumer.ring.hits))
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.model.wishes) < 4)
+    def register(self, data: st.DataObject) -> None:
+        consumer, where, places = self.publish(data)
+        self.round(consumer)
+        self.model.wishes[consumer.probe] = Wish(consumer, where, places)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.model.wishes)
+    def register_again(self, data: st.DataObject) -> None:
+        """The same terms, and perhaps more places: what an agent does whenever it resolved again (R3)."""
+        wish = self.model.wishes[data.draw(st.sampled_from(sorted(self.model.wishes)))]
+        old = wish.consumer.register
+        more = data.draw(st.sets(st.tuples(st.sampled_from(self.files), st.sampled_from(OFFSETS)), max_size=2))
+        plans = list(old.plans) + [plan(f, o, len(old.plans) + n) for n, (f, o) in enumerate(more - wish.places)]
+        again = Register(id=1, probe=old.probe, generation=2, sites=["s"] * len(plans), plans=plans, where=old.where)
+        wish.places |= more
+        self.round(self.table.publish(again, HitRing))
+
+    @rule(data=st.data(), k=st.integers(0, 3))
+    def register_fails(self, data: st.DataObject, k: int) -> None:
+        """The engine fails at the k-th process: out by the way of any probe (R5)."""
+        consumer, _, _ = self.publish(data)
+        looks = iter(range(1000))
+        lock = threading.Lock()
+
+        def fail(process: ProcessId) -> None:
+            with lock:
+                if next(looks) == k:
+                    raise OddError
+
+        self.engine.on_reconcile = fail
+        try:
+            self.round(consumer)
+        except OddError:
+            pass
+        finally:
+            self.engine.on_reconcile = lambda process: None
+        self.part(consumer.probe)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.model.wishes)
+    def unregister(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model.wishes)))
+        del self.model.wishes[name]
+        self.part(name)
+
+    @rule()
+    def look(self) -> None:
+        """The periodic one, behind all hooks. Where nothing is wanted it looks at no process (R8)."""
+        before = self.world.looks
+        idle = not self.model.wishes and not self.engine.processes()
+        self.table.mark_ended()
+        self.looks.run(lambda: self.table.candidates() | set(self.engine.processes()), "reconcile")
+        assert not idle or self.world.looks == before
+        self.late.clear()
+
+    # --- what has to be so -------------------------------------------------------------------------------------------
+
+    @rule(data=st.data(), offset=st.sampled_from(OFFSETS))
+    @precondition(lambda self: self.world.processes)
+    def call(self, data: st.DataObject, offset: int) -> None:
+        """Every call in every armed place is a hit, of each consumer once; nobody else's, and nobody dies."""
+        process, file = self.some(data), data.draw(st.sampled_from(self.files))
+        before = {name: w.consumer.ring.hits for name, w in self.model.wishes.items()}
+        at = [m.start + offset - m.offset for m in process.memory.mappings if m.file == file.key]
+        self.world.call(process, file, offset)
+        assert process.status is None, "a trap that nobody served"
+        for name, wish in self.model.wishes.items():
+            states = self.model.wanted(wish, process)
+            expected = sum(states.get(addr) == "armed" for addr in at) if (file, offset) in wish.places else 0
+            got = wish.consumer.ring.hits - before[name]
+            assert got == expected or (process.pid in self.late and got <= len(at))
+
+    def armed(self, process: SimulatedProcess) -> set[int]:
+        return {addr for addr, value in process.memory.written.items() if value == BREAKPOINT}
+
+    @invariant()
+    def what_is_armed_is_what_is_wanted(self) -> None:
+        for process in self.world.processes.values():
+            if process.pid in self.late:
+                continue
+            states = [self.model.wanted(w, process) for w in self.model.wishes.values()]
+            # Where one consumer's plan is bad and another's is not is no case here: a bad place is bad for all.
+            wanted = {addr for s in states for addr, state in s.items() if state == "armed"}
+            assert self.armed(process) == wanted
+            assert set(process.memory.written) == wanted
+
+    @invariant()
+    def targets_tell_it(self) -> None:
+        for wish in self.model.wishes.values():
+            told = {(t.pid, t.addr): t.state for t in wish.consumer.targets.values() if t.state != "gone"}
+            for process in self.world.processes.values():
+                if process.pid in self.late:
+                    continue
+                states = self.model.wanted(wish, process)
+                assert {a for (p, a), s in told.items() if p == process.pid and s == "armed"} == {
+                    a for a, s in states.items() if s == "armed"
+                }
+                for addr, state in states.items():
+                    assert told.get((process.pid, addr)) == state
+            for pid, _ in (key for key, state in told.items() if state == "armed"):
+                assert pid in self.world.processes
+
+    @invariant()
+    def without_consumers_nothing_is_left(self) -> None:
+        if not self.model.wishes:
+            assert self.engine.processes() == []
+            assert not any(p.memory.written for p in self.world.processes.values())
+            assert not self.table.files()
+
+    @invariant()
+    def what_was_taken_out_records_no_more(self) -> None:
+        assert all(ring.hits == hits for ring, hits in self.ended)
+
+
+class TestTable(TableMachine.TestCase):
+    """R1, R3, R5, R8, R10, R11, R12, R13, R14, R15, R16, with each rule's events in any order."""
+
+    settings = settings(
+        max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
