@@ -105,6 +105,22 @@ def test_r13_window_is_exact_while_threads_run(host: Host, targets: Targets) -> 
             assert host.altered(child.pid) == {}
 
 
+def test_r7_cycles_under_load(host: Host, targets: Targets) -> None:
+    """A thread that has hit just before the byte goes runs the instruction itself: no call is lost, nobody dies."""
+    plan = host.files.plan(targets.build("hot"), "target_hot")
+    with targets.run("hot", "4") as child:
+        child.ask("start")
+        for _ in range(100):
+            host.register(plan, pid=child.pid)
+            host.unregister()
+        child.ask("stop")
+        count = child.count()
+        assert count["done"] == count["begun"] > 0
+        assert count["wrong"] == 0
+        host.engine.close()
+        assert host.altered(child.pid) == {}
+
+
 def test_r3_registering_twice_changes_nothing(host: Host, targets: Targets) -> None:
     plan = host.files.plan(targets.build("hot"), "target_hot")
     with targets.run("hot", "1") as child:
