@@ -58,7 +58,9 @@ def armed(process: SimulatedProcess) -> set[int]:
 
 
 def states(consumer: Consumer, process: SimulatedProcess) -> dict[int, tuple[str, str]]:
-    return {t.addr: (t.state, t.reason) for t in consumer.targets.values() if t.pid == process.pid and t.state != "gone"}
+    return {
+        t.addr: (t.state, t.reason) for t in consumer.targets.values() if t.pid == process.pid and t.state != "gone"
+    }
 
 
 @pytest.fixture

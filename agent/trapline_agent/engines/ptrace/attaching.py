@@ -47,6 +47,11 @@ class Attaching:
                 self._paused -= 1
                 self._changed.notify_all()
 
+    def wait(self, timeout: float) -> bool:
+        """Waits until none goes on, for ``timeout`` s at most; returns whether none does."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, timeout)
+
 
 def _share_memory(one: int, other: int) -> bool:
     try:

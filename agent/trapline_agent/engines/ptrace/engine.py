@@ -83,7 +83,10 @@ class PtraceEngine:
                     with self._lock:
                         meanwhile = process.pid in self._threads
                     if not meanwhile:
-                        self._attach(process, cause, wanted)
+                        # Asked once more: all may have been taken out while this waited.
+                        wanted = self.observer.wanted(process, cause)
+                        if wanted.sites or wanted.keep:
+                            self._attach(process, cause, wanted)
                         return
             except Ended:
                 if thread is not None:
@@ -176,6 +179,11 @@ class PtraceEngine:
     def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         """See ``Engine``; takes everything out, whatever the observer wants. Returns when every thread has let its processes
         go, but for those that hang: when none has gone for ``patience_s``, the rest is logged and left."""
+        with self.attaching.paused():
+            if self._close_all(patience_s) and self.attaching.wait(patience_s):
+                self._close_all(patience_s)  # those that were being attached meanwhile
+
+    def _close_all(self, patience_s: float) -> bool:
         with self._lock:
             threads = set(self._started)
         closers = {t: threading.Thread(target=self._close, args=(t,), daemon=True) for t in threads}
@@ -191,7 +199,8 @@ class PtraceEngine:
                 with self._lock:
                     pids = sorted(pid for pid, t in self._threads.items() if t in closers)
                 log.error("processes %s could not be let go in %.3g s; they hang, and are left", pids, patience_s)
-                return
+                return False
+        return True
 
     def _close(self, thread: TraceThread) -> None:
         with contextlib.suppress(Ended):
