@@ -76,10 +76,11 @@ def signal_sets(tid: int) -> tuple[int, int, int]:
 
 
 def has_ended(pid: int, tid: int) -> bool:
-    """Whether a thread is a zombie or gone: a leader may be while the others run on."""
+    """Whether a thread is a zombie or gone: a leader may be while the others run on. Raises OSError where it cannot be
+    known."""
     try:
         return stat_fields(pid, tid)[0] in (b"Z", b"X")
-    except OSError:
+    except ProcessLookupError:
         return True
 
 
@@ -99,9 +100,9 @@ def tracer(tid: int) -> int:
     return int(status(tid, "TracerPid").get("TracerPid", "0"))
 
 
-def traced_by_us(tid: int) -> bool:
-    """Whether a thread of this process traces it."""
-    return (by := tracer(tid)) != 0 and os.path.exists(f"/proc/self/task/{by}")
+def is_own_thread(tid: int) -> bool:
+    """Whether a thread is one of this process."""
+    return os.path.exists(f"/proc/self/task/{tid}")
 
 
 class Whereabouts(Enum):

@@ -31,6 +31,8 @@ from ptrace.binding.func import (
     PTRACE_O_TRACEEXEC,
     PTRACE_O_TRACEFORK,
     PTRACE_O_TRACEVFORK,
+    PTRACE_PEEKDATA,
+    PTRACE_POKEDATA,
     PTRACE_POKEUSER,
     PTRACE_SETREGS,
     PTRACE_SETSIGINFO,
@@ -184,6 +186,24 @@ def poke_user(tid: int, offset: int, value: int) -> None:
     """Sets one word of ``struct user`` (a register at eight times its index)."""
     if _fast(PTRACE_POKEUSER, tid, offset, value) < 0:
         raise _fail("PTRACE_POKEUSER", tid)
+
+
+WORD: Final = 8
+
+
+def peek(tid: int, addr: int) -> bytes:
+    """Returns 8 bytes of a stopped thread's memory (PTRACE_PEEKDATA). Raises OSError EIO where nothing is mapped."""
+    ctypes.set_errno(0)
+    word = int(_fast(PTRACE_PEEKDATA, tid, addr, None))
+    if word == -1 and ctypes.get_errno():
+        raise _fail("PTRACE_PEEKDATA", tid)
+    return (word & 2**64 - 1).to_bytes(WORD, "little")
+
+
+def poke(tid: int, addr: int, word: bytes) -> None:
+    """Writes 8 bytes to a stopped thread's memory, code too (PTRACE_POKEDATA). Raises OSError: EIO, nothing is mapped."""
+    if _fast(PTRACE_POKEDATA, tid, addr, int.from_bytes(word, "little")) < 0:
+        raise _fail("PTRACE_POKEDATA", tid)
 
 
 class Waiter:

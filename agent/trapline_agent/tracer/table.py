@@ -284,7 +284,10 @@ class Table:
         with contextlib.suppress(OSError):
             comm = procfs.comm(identity.pid)
         since = time.time_ns()
-        facts = process.facts(identity.pid)
+        try:
+            facts = process.facts(identity.pid)
+        except OSError:
+            facts = None  # what is known of its targets stands
         parents = self._parents(identity)
         changed = False
         with self._lock:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
-from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
+from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread, tried
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
 from trapline_agent.kernel import procfs, ptrace
@@ -37,7 +37,8 @@ class PtraceEngine:
         self._started: set[TraceThread] = set()
         """Tracer threads that run, or have ended and were not waited for."""
         self._reaper = Reaper()
-        self._retry: set[ProcessId] = set()
+        self._retry: set[int] = set()
+        """Pids of processes that could not be brought to what is wanted."""
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
         """Names of the processes that are or were followed, by pid."""
@@ -70,7 +71,7 @@ class PtraceEngine:
                         return
                     self._unmap(process.pid, thread)
                     continue
-                wanted = self.observer.wanted(process, cause)
+                wanted = tried(lambda: self.observer.wanted(process, cause))
                 if not wanted.sites and not wanted.keep:
                     return
                 self._attach(process, cause, wanted)
@@ -84,7 +85,8 @@ class PtraceEngine:
                 self._busy(process, cause, str(e))
                 return
             except OSError:
-                log.exception("process %d cannot be brought to what is wanted", process.pid)
+                log.exception("process %d cannot be brought to what is wanted; it is tried again", process.pid)
+                self.again(process.pid)
                 return
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
@@ -93,8 +95,7 @@ class PtraceEngine:
                 del self._threads[pid]
 
     def _busy(self, process: ProcessId, cause: str, why: str) -> None:
-        with self._lock:
-            self._retry.add(process)
+        self.again(process.pid)
         with contextlib.suppress(ProcessLookupError):
             wanted = self.observer.wanted(process, cause)
             self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
@@ -114,7 +115,7 @@ class PtraceEngine:
         try:
             thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
-            reason, message = _why_not(process.pid, e)
+            reason, message = _why_not(process.pid, e, thread.native_id or 0)
             if reason:
                 self._refuse(process, wanted, cause, reason, message)
         except (ProcessLookupError, TimeoutError):
@@ -154,8 +155,13 @@ class PtraceEngine:
         """Tries again what could not be done before: to let go, or to arm. To be called every second or so."""
         with self._lock:
             retry, self._retry = self._retry, set()
-        for process in retry:
-            self.reconcile(process, "reconcile")
+        for pid in retry:
+            try:
+                self.reconcile(ProcessId(pid, procfs.start_time(pid)), "reconcile")
+            except ProcessLookupError:
+                continue
+            except OSError:
+                self.again(pid)
         with self._lock:
             idle = [p.id.pid for p in self._processes.values() if p.lingering and not p.released]
             threads = {self._threads.get(pid) for pid in idle} - {None}
@@ -176,7 +182,7 @@ class PtraceEngine:
         for thread in threads:
             while thread.is_alive():
                 with contextlib.suppress(Ended):
-                    thread.call(lambda: None)
+                    thread.call(thread.take_out)
                 thread.join(0.05)
             thread.wait_gone()
 
@@ -231,6 +237,10 @@ class PtraceEngine:
     def renamed(self, process: TracedProcess) -> None:
         self.comms[process.id.pid] = process.comm
 
+    def again(self, pid: int) -> None:
+        with self._lock:
+            self._retry.add(pid)
+
     def held(self, pid: int) -> None:
         if (event := self._held.get(pid)) is not None:
             event.set()
@@ -244,12 +254,13 @@ class PtraceEngine:
         self.observer.exited(process.id, status)
 
 
-def _why_not(pid: int, error: OSError) -> tuple[str, str]:
-    """Returns (reason, message) for a refused seize; an empty reason where a thread of ours follows it already."""
+def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:
+    """Returns (reason, message) for a refused seize; an empty reason where another thread of ours than the one that was to
+    seize it follows it already. (That one may have some of its threads, and has given up.)"""
     try:
-        if procfs.traced_by_us(pid):
+        tracer = next((by for tid in procfs.tasks(pid) if (by := procfs.tracer(tid)) not in (0, seizer)), 0)
+        if tracer and procfs.is_own_thread(tracer):
             return "", ""
-        tracer = procfs.tracer(pid)
         owner = procfs.status(pid, "Uid").get("Uid", "").split("\t")[0]
     except ProcessLookupError:
         return "", ""

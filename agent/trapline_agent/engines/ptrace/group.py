@@ -156,11 +156,13 @@ class Group:
                     continue
                 except PermissionError:
                     place = Whereabouts.STOPPED
+                except OSError:
+                    continue  # no descriptors, for example: it is looked at again
                 if place is Whereabouts.BLOCKED:
                     thread.settled = True
                 elif patient or place is Whereabouts.EXECUTING:
                     continue
-                elif place is Whereabouts.STOPPED and procfs.has_ended(pid, thread.tid):
+                elif place is Whereabouts.STOPPED and self._has_ended(thread):
                     thread.settled = True  # a zombie: the leader, whose end is reported when the others have gone
                 elif place is Whereabouts.FORKING and self._is_followed_vfork(process, thread):
                     thread.settled = True
@@ -176,6 +178,11 @@ class Group:
                 return False
             patient = now - started < _PATIENCE_S
             os.sched_yield() if patient else time.sleep(0.0002)
+
+    def _has_ended(self, thread: Thread) -> bool:
+        with contextlib.suppress(OSError):
+            return procfs.has_ended(thread.process.id.pid, thread.tid)
+        return False
 
     def _is_followed_vfork(self, process: TracedProcess, thread: Thread) -> bool:
         """Whether a thread waits for its vfork's child, and that is followed: then nothing untraced is on its way."""

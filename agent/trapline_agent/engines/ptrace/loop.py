@@ -13,6 +13,7 @@ return EINTR (semantics P5).
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -40,6 +41,10 @@ _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
+_NO_KCMP = frozenset((errno.ESRCH, errno.ENOSYS, errno.EPERM))
+"""The parent is gone, the kernel has no kcmp, seccomp forbids it."""
+_TRIES = 3
+"""How often something is tried that fails for want of memory, descriptors and the like."""
 
 
 class Ended(Exception):
@@ -57,6 +62,9 @@ class Directory(Protocol):
 
     def held(self, pid: int) -> None:
         """A launched command stands before its first instruction."""
+
+    def again(self, pid: int) -> None:
+        """A process could not be brought to what is wanted, and is to be reconciled once more in a while."""
 
     def forgot(self, process: TracedProcess, status: int | None) -> None:
         """It ended (wait status) or was let go (None)."""
@@ -102,6 +110,8 @@ class TraceThread(threading.Thread):
         self._wake = threading.Event()
         self._ended = False
         self._closing = False
+        self._followed = False
+        """A process was followed once. One whose seize failed half-way never was: nothing was written to it."""
         self._waiter = ptrace.Waiter()
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
@@ -193,6 +203,8 @@ class TraceThread(threading.Thread):
 
     def _expects_children(self) -> bool:
         """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
+        if not self._followed:
+            return False
         for tid in list(self._fork_parents):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
@@ -206,7 +218,7 @@ class TraceThread(threading.Thread):
 
     def _is_mine(self, tid: int) -> bool:
         with contextlib.suppress(OSError):
-            return procfs.tracer(tid) == self.native_id
+            return tried(lambda: procfs.tracer(tid)) == self.native_id
         return False
 
     def _take_commands(self) -> None:
@@ -228,22 +240,37 @@ class TraceThread(threading.Thread):
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
-        """Serves one change of state. A failure here must not leave a thread stopped."""
-        try:
-            if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
-                self._trap(thread)
-            else:
-                self._other(tid, status)
-        except ProcessLookupError:
-            return  # killed meanwhile: its end is reported to us too
-        except Exception:
-            log.exception("serving thread %d failed", tid)
-            with contextlib.suppress(OSError):
-                self._let_go_on(tid, status)
+        """Serves one change of state. A failure here must not leave a thread stopped.
+
+        One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
+        thread that goes on already answers ESRCH to everything.)
+        """
+        for _ in range(_TRIES):
+            try:
+                if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
+                    self._trap(thread)
+                else:
+                    self._other(tid, status)
+                return
+            except ProcessLookupError:
+                return  # killed meanwhile: its end is reported to us too
+            except Exception:
+                log.exception("serving thread %d failed", tid)
+        with contextlib.suppress(OSError):
+            self._let_go_on(tid, status)
 
     def _let_go_on(self, tid: int, status: int) -> None:
         """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
         if not os.WIFSTOPPED(status):
+            return
+        if tid not in self._group.threads:
+            self._turn_away(tid)
+            return
+        if status >> 16 == ptrace.PTRACE_EVENT_EXEC and tid in self._group.processes:
+            # What we know of it is the old image's. It is found again as one that nobody follows.
+            ptrace.detach(tid)
+            self._forget(self._group.processes[tid], None)
+            self._engine.again(tid)
             return
         sig = os.WSTOPSIG(status) if status >> 16 == 0 else 0
         if sig == signal.SIGTRAP and self._registers.signal_code(tid) == ptrace.SI_KERNEL:
@@ -254,6 +281,23 @@ class TraceThread(threading.Thread):
                 ptrace.poke_user(tid, 8 * RIP, at)
                 sig = 0
         ptrace.cont(tid, sig)
+
+    def _turn_away(self, tid: int) -> None:
+        """Does without /proc what can be done for a newborn that could not be entered, for want of descriptors for example:
+        it must not meet a breakpoint alone."""
+        for process in self._group.processes.values():
+            if _is_thread_of(process, tid):
+                # One that only shares the memory is entered likewise: its hits are served, under the other's number.
+                self._group.add(process, tid)
+                self._group.threads[tid].settled = True
+                ptrace.cont(tid)
+                return
+        for process in (*self._group.processes.values(), *self._forgotten):
+            process.memory.purge_child(tid)
+        log.error("process %d cannot be followed; it goes on without probes until it is found again", tid)
+        ptrace.detach(tid)
+        self._fork_parents.pop(tid, None)
+        self._engine.again(tid)
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
@@ -270,14 +314,20 @@ class TraceThread(threading.Thread):
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
-        if thread.uncounted is not None and thread.uncounted == state_of(words):
-            thread.uncounted = None
-        else:
-            pid, fd = thread.process.id.pid, memory.fd
-            for sink in site.sinks:
-                sink(ts, pid, tid, words, fd)
-        if site.is_hook:
-            self._reconcile(thread.process, "mmap")
+        try:
+            if thread.blocked:
+                self._stepper.block_again(thread)
+            if thread.uncounted is not None and thread.uncounted == state_of(words):
+                thread.uncounted = None
+            else:
+                pid, fd = thread.process.id.pid, memory.fd
+                for sink in site.sinks:
+                    sink(ts, pid, tid, words, fd)
+            if site.is_hook:
+                self._reconcile(thread.process, "mmap")
+        except Exception:
+            # Ours, not the program's: served again, this would look like a SIGTRAP of its own.
+            log.exception("a hit of thread %d was not served whole", tid)
         thread.settled = True
         thread.hits += 1
         self._resume(thread)
@@ -354,9 +404,9 @@ class TraceThread(threading.Thread):
         """The first stop of a thread or child that the kernel attached for us."""
         fields = procfs.status(tid, "Tgid", "PPid")
         pid = int(fields["Tgid"])
-        known_parent = self._fork_parents.pop(tid, None)
         process = self._group.processes.get(pid)
         if process is not None:
+            self._fork_parents.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
@@ -368,11 +418,14 @@ class TraceThread(threading.Thread):
             else:
                 self._resume(thread)
             return
-        parent = known_parent or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
+        parent = (
+            self._fork_parents.get(tid) or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
+        )
         if parent is None:
             ptrace.detach(tid)
             return
         self._adopt(pid, tid, parent)
+        self._fork_parents.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
@@ -388,11 +441,13 @@ class TraceThread(threading.Thread):
     def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
         try:
             shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
-        except OSError:
+        except OSError as e:
+            if e.errno not in _NO_KCMP:
+                raise
             shared = False
         if shared and parent.memory.users > 0:
-            parent.memory.users += 1
             child = TracedProcess.open(pid, parent.memory)
+            parent.memory.users += 1
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
@@ -413,16 +468,17 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        fresh = AddressSpace(tid)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
-        fresh = AddressSpace(tid)
         old, process.memory = process.memory, fresh
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
         old.close()
-        process.comm = procfs.comm(tid)
+        with contextlib.suppress(OSError):
+            process.comm = procfs.comm(tid)
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
@@ -487,6 +543,7 @@ class TraceThread(threading.Thread):
                 process.memory.close()
             raise
         self._group.processes[pid] = process
+        self._followed = True
         self._engine.adopted(process, self)
         try:
             if not held:
@@ -520,12 +577,13 @@ class TraceThread(threading.Thread):
         if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
             return
         try:
-            wanted = self._observer.wanted(process.id, cause, parent)
+            wanted = tried(lambda: self._observer.wanted(process.id, cause, parent))
         except ProcessLookupError:
             return
         except OSError:
             # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
-            log.exception("process %d cannot be looked at", process.id.pid)
+            log.exception("process %d cannot be looked at; it is tried again", process.id.pid)
+            self._engine.again(process.id.pid)
             for site in list(memory.sites.values()):
                 if not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
@@ -542,8 +600,11 @@ class TraceThread(threading.Thread):
                 if cause == "fork":
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
-            memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
             process.dirty = True
+            if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):
+                log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
+                self._engine.again(process.id.pid)
+                continue
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -636,9 +697,33 @@ class TraceThread(threading.Thread):
                 self._resume(thread)
 
 
+def tried(look: Callable[[], T]) -> T:
+    """Returns what a look into /proc does, which may fail for want of memory or descriptors, and not the next time."""
+    for _ in range(_TRIES - 1):
+        try:
+            return look()
+        except ProcessLookupError:
+            raise
+        except OSError:
+            continue
+    return look()
+
+
+def _is_thread_of(process: TracedProcess, tid: int) -> bool:
+    """Whether a thread is one of a process', or has its memory; asks the kernel, not /proc."""
+    with contextlib.suppress(OSError):
+        ptrace.thread_kill(process.id.pid, tid, 0)
+        return True
+    with contextlib.suppress(OSError):
+        return ptrace.same_address_space(process.id.pid, tid)
+    return False
+
+
 def _lives(pid: int) -> bool:
     try:
         procfs.live_task(pid)
-        return True
-    except OSError:
+    except ProcessLookupError:
         return False
+    except OSError:
+        pass  # not to be known now
+    return True

@@ -17,8 +17,11 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest
-from trapline_agent.kernel import procfs
+from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
+
+_TRIES = 3
+"""How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
 
 
 @dataclass(eq=False)
@@ -116,8 +119,9 @@ class AddressSpace:
         self.former.pop(addr, None)
         return site
 
-    def disarm(self, site: Site, *, mapped: bool = True) -> None:
-        """Takes a breakpoint out.
+    def disarm(self, site: Site, *, mapped: bool = True) -> bool:
+        """Takes a breakpoint out. Returns False where it is there and cannot be written: then it stays one of ``sites``, of
+        no consumer, so that whoever runs into it goes on (semantics R7).
 
         Args:
             site: one of ``sites``.
@@ -125,14 +129,16 @@ class AddressSpace:
                 ours only where it is the very instruction with our byte: a program that moved its text to other memory
                 (large pages) took that along.
         """
-        del self.sites[site.addr]
         if self._has(site.addr, BREAKPOINT if mapped else site.armed):
-            # EIO and the like: unmapped meanwhile, or the address space is gone with its last process
-            with contextlib.suppress(OSError):
-                os.pwrite(self.fd, site.original, site.addr)
+            # It may be unmapped meanwhile, or the address space gone with its last process.
+            if not self._put(site.addr, site.original) and self._has(site.addr, site.armed):
+                site.sinks = ()
+                return False
         elif not mapped and site.slot:
             self.slots.pop(site.slot, None)
+        del self.sites[site.addr]
         self.former[site.addr] = site
+        return True
 
     def has_breakpoint(self, addr: int) -> bool:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
@@ -142,17 +148,19 @@ class AddressSpace:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
         if not self.has_breakpoint(site.addr):
             return True
-        if self._has(site.addr, site.armed):
-            with contextlib.suppress(OSError):
-                os.pwrite(self.fd, site.original, site.addr)
-                return True
-        return False
+        return self._has(site.addr, site.armed) and self._put(site.addr, site.original)
 
     def _has(self, addr: int, content: bytes) -> bool:
-        try:
-            return os.pread(self.fd, len(content), addr) == content
-        except OSError:
-            return False
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError):
+                return os.pread(self.fd, len(content), addr) == content
+        return False
+
+    def _put(self, addr: int, content: bytes) -> bool:
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError):
+                return os.pwrite(self.fd, content, addr) == len(content)
+        return False
 
     def inherit(self, parent: AddressSpace) -> None:
         """Takes over what a forked child's memory has of its parent's breakpoints and slots.
@@ -166,6 +174,22 @@ class AddressSpace:
         for addr, (site, slot) in parent.slots.items():
             if self._has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
+
+    def purge_child(self, tid: int) -> None:
+        """Takes out of a stopped child's memory, which is a copy of this one, what it has of our breakpoints and slots, by
+        ptrace alone: for one whose memory cannot be opened."""
+        for site in (*self.former.values(), *self.sites.values()):
+            with contextlib.suppress(OSError):
+                word = ptrace.peek(tid, site.addr)
+                if word.startswith(site.armed[: len(word)]):
+                    ptrace.poke(tid, site.addr, site.original + word[1:])
+        for addr, (_, slot) in self.slots.items():
+            with contextlib.suppress(OSError):
+                for at in range(0, len(slot.code), ptrace.WORD):
+                    part = slot.code[at : at + ptrace.WORD]
+                    word = ptrace.peek(tid, addr + at)
+                    if word.startswith(part):
+                        ptrace.poke(tid, addr + at, bytes(len(part)) + word[len(part) :])
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -201,11 +225,8 @@ class AddressSpace:
     def wipe_slots(self) -> None:
         """Puts the zeros back. Only when no thread can be inside, and no site uses them."""
         for addr, (_, slot) in self.slots.items():
-            try:
-                if self._has(addr, slot.code):
-                    os.pwrite(self.fd, bytes(len(slot.code)), addr)
-            except OSError:
-                continue  # unmapped, or the process is gone
+            if self._has(addr, slot.code):
+                self._put(addr, bytes(len(slot.code)))
         self.slots.clear()
 
 
