@@ -43,6 +43,8 @@ _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
 _NO_KCMP = frozenset((errno.ESRCH, errno.ENOSYS, errno.EPERM))
 """The parent is gone, the kernel has no kcmp, seccomp forbids it."""
+_STANDING = frozenset(("fork", "exec"))
+"""Causes for which the process, of one thread, is stopped while it is looked at: its mappings stay as they are."""
 _TRIES = 3
 """How often something is tried that fails for want of memory, descriptors and the like."""
 
@@ -342,11 +344,26 @@ class TraceThread(threading.Thread):
         memory = thread.process.memory
         thread.settled = True
         former = memory.former.get(addr) if code == ptrace.SI_KERNEL else None
-        if former is not None and memory.restored(former):
+        if (former is not None and memory.restored(former)) or (
+            code == ptrace.SI_KERNEL and self._follow_move(thread.process, addr)
+        ):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
         self._deliver(thread, signal.SIGTRAP)
+
+    def _follow_move(self, process: TracedProcess, addr: int) -> bool:
+        """Whether a breakpoint of ours came to an address with its code (mremap), of which nobody told. It is armed there
+        then, and nowhere else."""
+        moved = [s for s in process.memory.sites.values() if process.memory.has(addr, s.armed)]
+        if not moved:
+            return False
+        now = tried(lambda: self._observer.wanted(process.id, "mmap"))
+        site = next((s for s in moved if now.still_mapped(addr, s.plan)), None)
+        if site is None or not process.memory.put(addr, site.original):
+            return False
+        self._reconcile(process, "mmap")
+        return True
 
     def _follow_cpu(self, thread: Thread) -> None:
         """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
@@ -594,7 +611,13 @@ class TraceThread(threading.Thread):
         desired = {r.addr: r for r in wanted.sites}
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
-            if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+            if (
+                request is not None
+                and request.plan.file == site.plan.file
+                and request.plan.offset == site.plan.offset
+                # Not where the file was unmapped and mapped again at the same address, of which nobody told.
+                and memory.has_breakpoint(site.addr)
+            ):
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
                 if cause == "fork":
@@ -620,11 +643,26 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
             except OSError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
+        if cause in _STANDING:
+            memory.written.clear()
+        elif memory.written:
+            reports += self._look_again(process, cause)
         process.lingering = not memory.sites and not wanted.keep and not process.held
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
         self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)
+        if any(r.is_hook and r.addr in memory.sites for r in new):
+            # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
+            self._reconcile(process, cause, parent)
+
+    def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
+        try:
+            now = tried(lambda: self._observer.wanted(process.id, cause))
+        except OSError:
+            return []  # it is gone, or cannot be looked at
+        gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
+        return [SiteReport(s.addr, s.plan, "gone") for s in gone]
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
         """Says why a process may have no breakpoint at all: what it does about SIGTRAP could not be kept (semantics H5).
