@@ -120,6 +120,10 @@ class AddressSpace:
         os.pwrite(self.fd, BREAKPOINT, addr)
         self.written.append((addr, BREAKPOINT, site))
         self.sites[addr] = site
+        if site.slot and not self._keeps_slot(site.slot):
+            # The file was mapped anew between the two writes. Who has hit it waits for us, and goes back.
+            self.disarm(site)
+            raise Unsupported(f"the mapping at {addr:#x} changed meanwhile", reason="Unmapped")
         self.former.pop(addr, None)
         return site
 
