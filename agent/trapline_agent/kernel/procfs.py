@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from enum import Enum
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
+
+_TRIES = 3
 _GONE = (errno.ENOENT, errno.ESRCH)
 
 _SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3 = 56, 57, 58, 435
@@ -19,6 +23,18 @@ def _raise(e: OSError, what: str) -> NoReturn:
     if e.errno in _GONE:
         raise ProcessLookupError(errno.ESRCH, "no such process", what) from e
     raise e
+
+
+def tried(look: Callable[[], T]) -> T:
+    """Returns what a look does that may fail for want of memory or descriptors, and not the next time."""
+    for _ in range(_TRIES - 1):
+        try:
+            return look()
+        except ProcessLookupError:
+            raise
+        except OSError:
+            continue
+    return look()
 
 
 def read(path: str, limit: int = 1 << 16) -> bytes:

@@ -284,10 +284,11 @@ class Table:
         with contextlib.suppress(OSError):
             comm = procfs.comm(identity.pid)
         since = time.time_ns()
+        blind = False
         try:
-            facts = process.facts(identity.pid)
+            facts = procfs.tried(lambda: process.facts(identity.pid))
         except OSError:
-            facts = None  # what is known of its targets stands
+            facts, blind = None, True  # the engine knows what it did, if not for whom
         parents = self._parents(identity)
         changed = False
         with self._lock:
@@ -298,7 +299,7 @@ class Table:
                     key = (identity.pid, identity.start_time, plan.site, report.addr)
                     known = consumer.targets.get(key)
                     # A site is there for all its consumers, but each has its own processes (semantics R16).
-                    meant = known is not None if facts is None else consumer.selector.matches(facts, parents)
+                    meant = (blind or known is not None) if facts is None else consumer.selector.matches(facts, parents)
                     state = report.state if meant else "gone"
                     if state == "gone" and known is None:
                         continue

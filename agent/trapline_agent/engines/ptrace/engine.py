@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
-from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread, tried
+from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
 from trapline_agent.kernel import procfs, ptrace
@@ -71,7 +71,7 @@ class PtraceEngine:
                         return
                     self._unmap(process.pid, thread)
                     continue
-                wanted = tried(lambda: self.observer.wanted(process, cause))
+                wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
                 if not wanted.sites and not wanted.keep:
                     return
                 self._attach(process, cause, wanted)

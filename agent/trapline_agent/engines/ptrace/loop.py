@@ -220,7 +220,7 @@ class TraceThread(threading.Thread):
 
     def _is_mine(self, tid: int) -> bool:
         with contextlib.suppress(OSError):
-            return tried(lambda: procfs.tracer(tid)) == self.native_id
+            return procfs.tried(lambda: procfs.tracer(tid)) == self.native_id
         return False
 
     def _take_commands(self) -> None:
@@ -358,7 +358,7 @@ class TraceThread(threading.Thread):
         moved = [s for s in process.memory.sites.values() if process.memory.has(addr, s.armed)]
         if not moved:
             return False
-        now = tried(lambda: self._observer.wanted(process.id, "mmap"))
+        now = procfs.tried(lambda: self._observer.wanted(process.id, "mmap"))
         site = next((s for s in moved if now.still_mapped(addr, s.plan)), None)
         if site is None or not process.memory.put(addr, site.original):
             return False
@@ -594,7 +594,7 @@ class TraceThread(threading.Thread):
         if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
             return
         try:
-            wanted = tried(lambda: self._observer.wanted(process.id, cause, parent))
+            wanted = procfs.tried(lambda: self._observer.wanted(process.id, cause, parent))
         except ProcessLookupError:
             return
         except OSError:
@@ -658,7 +658,7 @@ class TraceThread(threading.Thread):
 
     def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
         try:
-            now = tried(lambda: self._observer.wanted(process.id, cause))
+            now = procfs.tried(lambda: self._observer.wanted(process.id, cause))
         except OSError:
             return []  # it is gone, or cannot be looked at
         gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
@@ -733,18 +733,6 @@ class TraceThread(threading.Thread):
                 self._reconcile(process, "exec")
                 self._let_go_if_idle(process)
                 self._resume(thread)
-
-
-def tried(look: Callable[[], T]) -> T:
-    """Returns what a look into /proc does, which may fail for want of memory or descriptors, and not the next time."""
-    for _ in range(_TRIES - 1):
-        try:
-            return look()
-        except ProcessLookupError:
-            raise
-        except OSError:
-            continue
-    return look()
 
 
 def _is_thread_of(process: TracedProcess, tid: int) -> bool:
