@@ -28,29 +28,35 @@ _REQUESTS = {
 }
 _PROC = re.compile(r"/proc/\d+/")
 _KCMP = 312
-_CANNOT_FAIL = frozenset(("PTRACE_CONT", "PTRACE_SINGLESTEP", "PTRACE_DETACH", "PTRACE_LISTEN"))
-"""What lets a stopped thread go on: refused for no other reason than that it was killed (kernel/ptrace.c, ptrace_resume,
-ptrace_detach; LISTEN where the stop is no group-stop)."""
+_RESUMES = frozenset(("PTRACE_CONT", "PTRACE_SINGLESTEP", "PTRACE_DETACH", "PTRACE_LISTEN"))
+"""What lets a stopped thread go on cannot fail: it is refused for no other reason than that it was killed (kernel/ptrace.c,
+ptrace_resume, ptrace_detach; LISTEN where the stop is no group-stop)."""
 
 _ERRNOS = {
     "seize": (errno.EPERM, errno.EIO),
     "ptrace": (errno.EIO,),
+    "resume": (),
     "kcmp": (errno.EPERM, errno.ENOSYS),
     "pread": (errno.EIO, errno.ENOMEM),
     "pwrite": (errno.EIO, errno.ENOMEM),
     "open": (errno.EMFILE, errno.ENOMEM),
 }
 """What the kernel may answer, by kind of call, where the process is there still: see ptrace(2), kcmp(2), mm/memory.c. (ESRCH
-for a stopped thread means that it was killed: ``on_call`` does that in earnest.)"""
+for a stopped thread means that it was killed: tests do that in earnest.)"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call that was made: its number from 1, kind, and what it was about."""
+    """One call that was made."""
 
-    number: int
     kind: str
     name: str
+    """What it was about."""
+    nth: int
+    """The how manieth of that name, from 1: how often a running thread is looked at is another number each time."""
+
+    def __str__(self) -> str:
+        return f"{self.name} #{self.nth}"
 
     def errnos(self) -> tuple[int, ...]:
         return _ERRNOS[self.kind]
@@ -65,6 +71,7 @@ class Faults:
         self._fails: Callable[[Call], int] = lambda call: 0
         self.calls: list[Call] = []
         self.failed: list[Call] = []
+        self._seen: Counter[str] = Counter()
         self._patch(monkeypatch)
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +81,8 @@ class Faults:
         def at_ptrace(real: Callable[..., int]) -> Callable[..., int]:
             def call(request: int, tid: int, *rest: object) -> int:
                 name = _REQUESTS.get(request, str(request))
-                if name in _CANNOT_FAIL:
-                    return real(request, tid, *rest)
-                if code := self._code("seize" if name == "PTRACE_SEIZE" else "ptrace", name):
+                kind = "resume" if name in _RESUMES else "seize" if name == "PTRACE_SEIZE" else "ptrace"
+                if code := self._code(kind, name):
                     ctypes.set_errno(code)
                     return -1
                 return real(request, tid, *rest)
@@ -120,7 +126,8 @@ class Faults:
         if not self._on:
             return 0
         with self._lock:
-            call = Call(len(self.calls) + 1, kind, name)
+            self._seen[name] += 1
+            call = Call(kind, name, self._seen[name])
             self.calls.append(call)
         code = self._fails(call)
         if code:
@@ -135,12 +142,13 @@ class Faults:
 
     @contextlib.contextmanager
     def on(self, fails: Callable[[Call], int] = lambda call: 0) -> Iterator[list[Call]]:
-        """Counts the body's calls from 1, in any thread; ``fails`` says with which errno one is to fail, 0: it is made.
+        """Counts the body's calls, in any thread; ``fails`` says with which errno one is to fail, 0: it is made.
 
         Yields the calls so far, in order.
         """
         self.calls = calls = []
         self.failed = []
+        self._seen = Counter()
         self._fails = fails
         self._on = True
         try:
@@ -148,9 +156,23 @@ class Faults:
         finally:
             self._on = False
 
-    def at(self, number: int, code: int) -> contextlib.AbstractContextManager[list[Call]]:
-        """Fails the call of a number with an errno, if there is one of that number."""
-        return self.on(lambda call: code if call.number == number else 0)
+    def at(self, which: Call, code: int) -> contextlib.AbstractContextManager[list[Call]]:
+        """Fails a call with an errno, if it is made."""
+        return self.on(lambda call: code if call == which else 0)
+
+    def made(self, which: Call) -> bool:
+        """Whether a call was made while it was last ``on``."""
+        return which in self.calls
+
+    def before(self, which: Call, act: Callable[[], object]) -> contextlib.AbstractContextManager[list[Call]]:
+        """Has something happen right before a call, if it is made."""
+
+        def at(call: Call) -> int:
+            if call == which:
+                act()
+            return 0
+
+        return self.on(at)
 
 
 def _is_memory(fd: int) -> bool:
@@ -162,11 +184,5 @@ def _is_memory(fd: int) -> bool:
 
 def worth_failing(calls: list[Call], each: int) -> list[Call]:
     """Returns the calls without long repetitions: of each name the first ones and the last, and no more than ``each``."""
-    seen: Counter[str] = Counter()
     last = {call.name: call for call in calls}
-    chosen = []
-    for call in calls:
-        seen[call.name] += 1
-        if seen[call.name] < each or call is last[call.name]:
-            chosen.append(call)
-    return chosen
+    return [call for call in calls if call.nth < each or call is last[call.name]]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,13 +31,10 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     return Faults(monkeypatch)
 
 
-def every(torture: Torture, calls: list, each: int = 3) -> Iterator[tuple[int, int, str]]:  # type: ignore[type-arg]
-    """Yields (number, errno, what) for each call that is to fail; all of them in a long run."""
-    rounds = [
-        (c.number, e, f"{c.kind} {c.name} as call {c.number}: {os.strerror(e)}")
-        for c in worth_failing(calls, size(each, 12))
-        for e in c.errnos()
-    ]
+def every(torture: Torture, calls: list, each: int = 3) -> Iterator[tuple[Call, int, str]]:  # type: ignore[type-arg]
+    """Yields (call, errno, what) for each call that is to fail; all of them in a long run."""
+    chosen = worth_failing(calls, size(each, 12))
+    rounds = [(c, e, f"{c}: {os.strerror(e)}") for c in chosen for e in c.errnos()]
     assert rounds
     for i in torture.cycles(len(rounds), len(rounds)):
         yield rounds[i]
@@ -57,7 +55,7 @@ def whole_or_nothing(probe: Probe, child: Child, calls: int, what: str) -> None:
     if probe.states()["armed"]:
         assert probe.hits - before == calls, what
     else:
-        assert probe.hits == before, what
+        assert probe.hits == before, (what, probe.targets)
         assert probe.targets, f"the status says nothing: {what}"
         assert all(t.reason for t in probe.targets), what
     assert child.count()["wrong"] == 0, what
@@ -73,8 +71,8 @@ def test_r5_an_errno_at_every_call_of_a_register(
             host.register(plan, pid=child.pid, fetches=_STRING)
         host.unregister()
         clean(host, child, "")
-        for number, code, what in every(torture, calls):
-            with faults.at(number, code):
+        for call, code, what in every(torture, calls):
+            with faults.at(call, code):
                 probe = host.register(plan, probe=what, pid=child.pid, fetches=_STRING)
             whole_or_nothing(probe, child, 5, what)
             probe.unregister()
@@ -95,10 +93,10 @@ def test_an_errno_at_every_call_of_an_unregister(
         with faults.on() as calls:
             host.unregister()
             host.engine.close()
-        for number, code, what in every(torture, calls):
+        for call, code, what in every(torture, calls):
             probe = host.register(plan, probe=what, pid=child.pid)
             child.ask("call 5")
-            with faults.at(number, code):
+            with faults.at(call, code):
                 probe.unregister()
                 child.ask("call 5")
                 host.engine.close()
@@ -115,9 +113,9 @@ def test_an_errno_at_every_call_of_a_hit(host: Host, targets: Targets, faults: F
         probe = host.register(plan, fetches=_STRING, pid=child.pid)
         with faults.on() as calls:
             child.ask("call 2")
-        for number, code, what in every(torture, calls):
+        for call, code, what in every(torture, calls):
             before = probe.hits
-            with faults.at(number, code):
+            with faults.at(call, code):
                 child.ask("call 2")
             child.ask("call 3")
             assert probe.hits - before == 5, what
@@ -134,8 +132,8 @@ def test_an_errno_at_every_call_of_a_birth(
         probe = host.register(plan)
         with faults.on() as calls:
             child.ask(f"{kind} 3")
-        for number, code, what in every(torture, calls):
-            with faults.at(number, code):
+        for call, code, what in every(torture, calls):
+            with faults.at(call, code):
                 child.ask(f"{kind} 3")
             assert child.count()["failed"] == 0, what
             before = probe.hits
@@ -160,8 +158,8 @@ def test_an_errno_at_every_call_of_an_exec(
         probe = host.register(plan, pid=child.pid)
         with faults.on() as calls:
             again()
-        for number, code, what in every(torture, calls):
-            with faults.at(number, code):
+        for call, code, what in every(torture, calls):
+            with faults.at(call, code):
                 again()
             child.ask("call 3")
             assert child.count()["wrong"] == 0, what
@@ -179,8 +177,8 @@ def test_an_errno_at_every_call_of_a_dlopen(host: Host, targets: Targets, faults
         probe = host.register(host.files.plan(library, "dlfn"), pid=child.pid)
         with faults.on() as calls:
             child.ask("cycle 1 3")
-        for number, code, what in every(torture, calls):
-            with faults.at(number, code):
+        for call, code, what in every(torture, calls):
+            with faults.at(call, code):
                 child.ask("cycle 1 3")
             assert child.count()["wrong"] == 0, what
             before = probe.hits
@@ -261,3 +259,65 @@ def test_r7_a_breakpoint_that_cannot_be_taken_out_yet(host: Host, targets: Targe
         host.engine.tick()
         assert 0xCC not in {now for _, now in altered_bytes(child.pid, [program]).values()}
         clean(host, child, "")
+
+
+def test_r4_a_target_is_killed_at_every_call_of_a_register(
+    host: Host, targets: Targets, faults: Faults, torture: Torture
+) -> None:
+    """It is no error, and to others nothing happens."""
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "2") as other:
+        with Child([program, "2"]) as victim, faults.on() as calls:
+            host.register(plan, probe="first")
+            host.unregister("first")
+            host.engine.close()
+        chosen = worth_failing(calls, size(3, 12))
+        for i in torture.cycles(len(chosen), len(chosen)):
+            victim = Child([program, "2"])
+            what = str(chosen[i])
+            try:
+                with faults.before(chosen[i], killing(victim)):
+                    probe = host.register(plan, probe=what)
+                    before = probe.hits
+                    other.ask("call 5")
+                    assert probe.hits - before == 5, what
+                    assert {t.pid for t in probe.targets if t.state == "armed"} - {victim.pid} == {other.pid}, what
+                    probe.unregister()
+                    host.engine.close()
+            finally:
+                victim.kill()
+            assert host.engine.processes() == [], what
+        assert other.count()["wrong"] == 0
+        clean(host, other, "")
+
+
+def test_r4_a_target_is_killed_at_every_call_of_a_hit(
+    host: Host, targets: Targets, faults: Faults, torture: Torture
+) -> None:
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "1") as other:
+        probe = host.register(plan, fetches=_STRING)
+        with faults.on() as calls:
+            other.ask("call 2")
+        chosen = worth_failing(calls, 12)
+        for i in torture.cycles(len(chosen), len(chosen)):
+            victim = Child([program, "1"])
+            try:
+                host.reconcile(victim.pid)
+                with faults.before(chosen[i], killing(victim)):
+                    victim.send("call 2")
+                    victim.lines.next()
+                while any(p.pid == victim.pid for p in host.engine.processes()) and faults.made(chosen[i]):
+                    pass  # its end is served after the hit that it was killed in
+                before = probe.hits
+                other.ask("call 5")
+                assert probe.hits - before == 5, chosen[i]
+            finally:
+                victim.kill()
+
+
+def killing(child: Child) -> Callable[[], None]:
+    """Returns what kills a child from a tracer thread. (Popen's kill would wait for it first, and take a stop.)"""
+    return lambda: os.kill(child.pid, signal.SIGKILL)

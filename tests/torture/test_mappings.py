@@ -42,20 +42,10 @@ def remapping(host: Host, targets: Targets) -> Iterator[tuple[Child, SitePlan]]:
 
 
 def during(
-    faults: Faults, number: int, act: Callable[[], object], kind: str = "pwrite 1"
+    faults: Faults, act: Callable[[], object], name: str = "pwrite 1"
 ) -> contextlib.AbstractContextManager[list[Call]]:
-    """Has something happen right before the call of a kind: that is where a race can be lost."""
-    seen = 0
-
-    def at(call: Call) -> int:
-        nonlocal seen
-        if call.name == kind:
-            seen += 1
-            if seen == number:
-                act()
-        return 0
-
-    return faults.on(at)
+    """Has something happen right before a write: that is where a race can be lost."""
+    return faults.before(Call("pwrite", name, 1), act)
 
 
 def test_r12_a_file_that_is_mapped_anew_is_armed_anew(host: Host, targets: Targets) -> None:
@@ -125,7 +115,7 @@ def test_r18_no_byte_is_left_in_an_address_that_is_used_again(
         child.ask("map")
         probe = host.register(plan, pid=child.pid) if write == "disarm" else None
         kind = "pwrite 1" if write != "slot" else f"pwrite {slot_bytes(host, child, plan)}"
-        with during(faults, 1, lambda: child.ask(becomes), kind):
+        with during(faults, lambda: child.ask(becomes), kind):
             if probe is not None:
                 probe.unregister()
             else:
@@ -155,7 +145,7 @@ def test_r2_a_library_that_is_opened_while_the_first_look_is_on_its_way(
     """After the mappings were read, before the loader's hook is there: the one has not seen it, the other not caught it."""
     library = targets.library()
     with targets.run("dl", library) as child:
-        with during(faults, 1, lambda: child.ask("open")):
+        with during(faults, lambda: child.ask("open")):
             probe = host.register(host.files.plan(library, "dlfn"), pid=child.pid)
         child.ask("call 10")
         assert probe.hits == 10

@@ -175,9 +175,8 @@ def test_probes_come_and_go_while_a_library_does(host: Host, targets: Targets, t
         child.ask("storm")
         wanted = size(300, 1000)
         hits = 0
-        while read["opens"]() < wanted:
-            for cycle in torture.cycles(1, 1):
-                hits += bounded_cycle(host, plan, f"p{cycle}", read["begun"], read["done"], pid=child.pid)[0]
+        for cycle in torture.cycles(30, 500):
+            hits += bounded_cycle(host, plan, f"p{cycle}", read["begun"], read["done"], pid=child.pid)[0]
         probe = host.register(plan, probe="all", pid=child.pid)
         before, opened = read["begun"](), read["opens"]()
         while read["opens"]() < opened + wanted:
