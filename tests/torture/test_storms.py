@@ -99,7 +99,7 @@ def test_r7_probes_come_and_go_on_64_busy_threads(
         if followed:
             host.register(host.files.plan(program, "target_six"), probe="other", pid=child.pid)
         hits = 0
-        for cycle in torture.cycles(100, 10_000) if followed else torture.cycles(10, 1000):
+        for cycle in torture.cycles(100, 10_000) if followed else torture.cycles(6, 1000):
             hits += bounded_cycle(host, plan, f"p{cycle}", read["begun"], read["done"], pid=child.pid)[0]
         child.ask("stop", timeout=120)
         if followed:
@@ -197,7 +197,7 @@ def test_r18_probes_come_and_go_while_their_place_is_used_for_other_things(
     """A byte may get into an address that means something else by then: look and write are two calls. It is taken back."""
     with remapping(host, targets) as (child, plan):
         child.ask("storm")
-        for cycle in torture.cycles(200, 5000):
+        for cycle in torture.cycles(100, 5000):
             probe = host.register(plan, probe=f"p{cycle}", pid=child.pid)
             host.reconcile(child.pid)
             probe.unregister()
