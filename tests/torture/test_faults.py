@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 
@@ -321,3 +322,63 @@ def test_r4_a_target_is_killed_at_every_call_of_a_hit(
 def killing(child: Child) -> Callable[[], None]:
     """Returns what kills a child from a tracer thread. (Popen's kill would wait for it first, and take a stop.)"""
     return lambda: os.kill(child.pid, signal.SIGKILL)
+
+
+def test_an_errno_at_every_call_of_a_hit_where_sigtrap_is_blocked(
+    host: Host, targets: Targets, faults: Faults, torture: Torture
+) -> None:
+    """More is done at such a hit: the kernel opened the signal, and it is put back."""
+    plan = host.files.plan(targets.build("sigstate"), "target_sigstate")
+    with targets.run("sigstate", "blocked") as child:
+        state = child.ask("state")
+        probe = host.register(plan, pid=child.pid)
+        with faults.on() as calls:
+            child.ask("call 2")
+        for call, code, what in every(torture, calls):
+            before = probe.hits
+            with faults.at(call, code):
+                child.ask("call 2")
+            child.ask("call 3")
+            assert probe.hits - before == 5, what
+            assert child.ask("state") == state, what
+        assert child.count()["wrong"] == 0
+
+
+STORMS = {
+    "hot": ("target_hot", ("4",), "start", "stop"),
+    "forks": ("target_forks", (), "storm", "calm"),
+    "signals": ("target_push", ("3",), "start", "stop"),
+}
+
+
+@pytest.mark.parametrize("name", STORMS)
+def test_errnos_at_random_in_a_storm(host: Host, targets: Targets, faults: Faults, torture: Torture, name: str) -> None:
+    """One call of a hundred fails, while programs run and probes come and go: counts may be short, nobody is harmed."""
+    symbol, arguments, start, stop = STORMS[name]
+    program = targets.build(name)
+    plan = host.files.plan(program, symbol)
+    dice = random.Random(1)
+
+    def fails(call: Call) -> int:
+        return dice.choice(call.errnos()) if call.errnos() and call.kind != "kcmp" and dice.random() < 0.01 else 0
+
+    with targets.run(name, *arguments) as child:
+        with faults.on(fails):
+            child.ask(start)
+            for cycle in torture.cycles(20, 1000):
+                probe = host.register(plan, probe=f"p{cycle}")
+                child.ask("count")
+                probe.unregister()
+            child.ask(stop, timeout=60)
+        assert len(faults.failed) > 10
+        torture.note(f"failed={len(faults.failed)}")
+        count = child.count()
+        assert (count.get("wrong", 0), count.get("failed", 0), count.get("outside", 0)) == (0, 0, 0)
+        host.engine.tick()
+        probe = host.register(plan, probe="last", pid=child.pid)
+        before = probe.hits
+        if name != "signals":
+            child.ask("call 5")
+            assert probe.hits - before == 5
+        probe.unregister()
+        clean(host, child, name)

@@ -26,7 +26,7 @@ def _raise(e: OSError, what: str) -> NoReturn:
 
 
 def tried(look: Callable[[], T]) -> T:
-    """Returns what a look does that may fail for want of memory or descriptors, and not the next time."""
+    """Returns what something does that may fail for want of memory or descriptors, and not the next time."""
     for _ in range(_TRIES - 1):
         try:
             return look()

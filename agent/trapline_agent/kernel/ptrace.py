@@ -235,6 +235,10 @@ _SYS_KCMP: Final = 312
 _KCMP_VM: Final = 1
 
 
+NO_KCMP: Final = frozenset((errno.ESRCH, errno.ENOSYS, errno.EPERM))
+"""errno of kcmp where it says nothing: one is gone, the kernel has no kcmp, seccomp forbids it."""
+
+
 def same_address_space(a: int, b: int) -> bool:
     """True where both processes share one mm (kcmp(2), KCMP_VM). Raises OSError, ENOSYS where the kernel lacks it."""
     result = int(_syscall(_SYS_KCMP, a, b, _KCMP_VM, 0, 0))

@@ -102,15 +102,12 @@ class PtraceEngine:
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
         for other in self.processes():
-            with contextlib.suppress(OSError):
-                if other != process and ptrace.same_address_space(
-                    procfs.live_task(other.pid), procfs.live_task(process.pid)
-                ):
-                    with self._lock:
-                        sharer = self._threads.get(other.pid)
-                    if sharer is not None:
-                        sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
-                        return
+            if other != process and _share(other.pid, process.pid):
+                with self._lock:
+                    sharer = self._threads.get(other.pid)
+                if sharer is not None:
+                    sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                    return
         thread = self._start()
         try:
             thread.call(lambda: thread.attach(process.pid, cause))
@@ -252,6 +249,16 @@ class PtraceEngine:
                 self._threads.pop(process.id.pid, None)
         self._held.pop(process.id.pid, None)
         self.observer.exited(process.id, status)
+
+
+def _share(a: int, b: int) -> bool:
+    """Whether two processes share their memory. Raises OSError where that cannot be known now."""
+    try:
+        return ptrace.same_address_space(procfs.live_task(a), procfs.live_task(b))
+    except OSError as e:
+        if e.errno in ptrace.NO_KCMP:
+            return False
+        raise
 
 
 def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:

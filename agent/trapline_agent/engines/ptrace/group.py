@@ -189,15 +189,15 @@ class Group:
         try:
             if not procfs.waits_for_vfork(process.id.pid, thread.tid, process.memory.fd):
                 return False
+            return len(self.sharers(process.memory)) > 1 or self.seize_sharers(process)
         except OSError:
             return False
-        return len(self.sharers(process.memory)) > 1 or self.seize_sharers(process)
 
     def seize_sharers(self, process: TracedProcess) -> bool:
         """Follows the processes that share this one's address space (vfork, CLONE_VM): they would meet our bytes untraced.
 
         Only those that were made before the seize are looked for; later ones are followed by the kernel. Returns whether
-        there was a new one.
+        there was a new one. Raises OSError where one cannot be followed: nothing may be written then.
         """
         found = False
         # A leader that has ended has no memory, as kernel threads have none: those would all be the same.
@@ -206,13 +206,10 @@ class Group:
             if not entry.isdigit() or int(entry) in self.processes:
                 continue
             pid = int(entry)
-            try:
-                if not ptrace.same_address_space(asker, pid):
-                    continue
-                self.join(pid, process.id.pid)
-                found = True
-            except OSError:
-                continue  # ended meanwhile, a kernel thread, or not ours to ask
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                if _shares(asker, pid):
+                    self.join(pid, process.id.pid)
+                    found = True
         return found
 
     def join(self, pid: int, sharer: int) -> None:
@@ -221,19 +218,24 @@ class Group:
         child = TracedProcess.open(pid, memory)
         try:
             self.seize(child)
+            # An exec before the seize was not reported; after it, it will be.
+            if ptrace.same_address_space(procfs.live_task(pid), procfs.live_task(sharer)):
+                memory.users += 1
+            else:
+                child.memory = AddressSpace(pid)
         except OSError:
             self.abandon(child)
             raise
-        # An exec before the seize was not reported; after it, it will be.
-        if ptrace.same_address_space(procfs.live_task(pid), procfs.live_task(sharer)):
-            memory.users += 1
-        else:
-            child.memory = AddressSpace(pid)
         self.processes[pid] = child
         self._adopted(child)
 
     def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
         return [p for p in self.processes.values() if p.memory is memory]
+
+    def soil(self, memory: AddressSpace) -> None:
+        """Notes that something was written: every thread that can run there has to be seen anew, whosesoever it is."""
+        for process in self.sharers(memory):
+            process.dirty = True
 
     def add(self, process: TracedProcess, tid: int) -> Thread:
         """Enters a thread that is followed."""
@@ -249,3 +251,10 @@ class Group:
         """Strikes off all threads of a process."""
         for tid in list(process.threads):
             self.drop(process, tid)
+
+
+def _shares(a: int, b: int) -> bool:
+    try:
+        return ptrace.same_address_space(a, b)
+    except OSError:
+        return False  # a kernel thread, or not ours to ask

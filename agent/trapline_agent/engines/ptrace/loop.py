@@ -13,7 +13,6 @@ return EINTR (semantics P5).
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -41,8 +40,6 @@ _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
-_NO_KCMP = frozenset((errno.ESRCH, errno.ENOSYS, errno.EPERM))
-"""The parent is gone, the kernel has no kcmp, seccomp forbids it."""
 _STANDING = frozenset(("fork", "exec"))
 """Causes for which the process, of one thread, is stopped while it is looked at: its mappings stay as they are."""
 _TRIES = 3
@@ -166,7 +163,10 @@ class TraceThread(threading.Thread):
                     if not self._finished():
                         self._wake.wait()
                 self._take_commands()
-                self._release_idle()
+                try:
+                    self._release_idle()
+                except OSError:
+                    log.exception("what nothing is wanted in cannot be let go yet")
         except BaseException:
             log.exception("tracer thread failed; its processes are let go")
             self.take_out()
@@ -317,14 +317,14 @@ class TraceThread(threading.Thread):
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
         try:
-            if thread.blocked:
-                self._stepper.block_again(thread)
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
             else:
                 pid, fd = thread.process.id.pid, memory.fd
                 for sink in site.sinks:
                     sink(ts, pid, tid, words, fd)
+            if thread.blocked:
+                procfs.tried(lambda: self._stepper.block_again(thread))
             if site.is_hook:
                 self._reconcile(thread.process, "mmap")
         except Exception:
@@ -459,7 +459,7 @@ class TraceThread(threading.Thread):
         try:
             shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
         except OSError as e:
-            if e.errno not in _NO_KCMP:
+            if e.errno not in ptrace.NO_KCMP:
                 raise
             shared = False
         if shared and parent.memory.users > 0:
@@ -579,11 +579,17 @@ class TraceThread(threading.Thread):
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
-            for sharer in self._group.sharers(process.memory):
-                sharer.released = False
-                seized |= self._group.seize(sharer)
-            if self._group.seize_sharers(process) or seized:
-                self._group.settle_all(process)
+            sharers = self._group.sharers(process.memory)
+            try:
+                for sharer in sharers:
+                    sharer.released = False
+                    seized |= self._group.seize(sharer)
+                if self._group.seize_sharers(process) or seized:
+                    self._group.settle_all(process)
+            except OSError:
+                for sharer in sharers:
+                    sharer.released = True  # nothing was written: all of this is to be done again first
+                raise
         self._reconcile(process, cause)
         return True
 
@@ -604,7 +610,7 @@ class TraceThread(threading.Thread):
             for site in list(memory.sites.values()):
                 if not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
-                    process.dirty = True
+                    self._group.soil(memory)
             process.lingering = not memory.sites and not process.held
             return
         reports: list[SiteReport] = []
@@ -623,7 +629,7 @@ class TraceThread(threading.Thread):
                 if cause == "fork":
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
-            process.dirty = True
+            self._group.soil(memory)
             if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):
                 log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
                 self._engine.again(process.id.pid)
@@ -637,7 +643,7 @@ class TraceThread(threading.Thread):
                 if objection is not None:
                     raise objection
                 memory.arm(request)
-                process.dirty = True
+                self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))

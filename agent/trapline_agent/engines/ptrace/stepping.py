@@ -12,7 +12,7 @@ import signal
 from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RIP, RSP
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.tracee import Thread
-from trapline_agent.kernel import ptrace
+from trapline_agent.kernel import procfs, ptrace
 
 TRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
@@ -135,7 +135,7 @@ class Stepper:
                         thread.uncounted = state_of(self._words)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                ptrace.set_signal_mask(tid, mask)
+                procfs.tried(lambda: ptrace.set_signal_mask(tid, mask))
         return status
 
     def _wait_for(self, tid: int) -> int:
