@@ -91,9 +91,9 @@ class Group:
                 seized = True
 
     def is_ours(self, tid: int) -> bool:
-        """Whether this thread traces it."""
-        with contextlib.suppress(OSError):
-            return procfs.tracer(tid) == threading.get_native_id()
+        """Whether this thread traces it. Raises OSError where that cannot be known now."""
+        with contextlib.suppress(ProcessLookupError):
+            return procfs.tried(lambda: procfs.tracer(tid)) == threading.get_native_id()
         return False
 
     def settle_all(self, process: TracedProcess) -> None:

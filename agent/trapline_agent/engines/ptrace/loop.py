@@ -441,7 +441,7 @@ class TraceThread(threading.Thread):
         if parent is None:
             ptrace.detach(tid)
             return
-        self._adopt(pid, tid, parent)
+        self._adopt(pid, tid, parent, status)
         self._fork_parents.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
@@ -455,7 +455,7 @@ class TraceThread(threading.Thread):
             probe.close()
         return next(iter(self._group.processes.values()), None)
 
-    def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
+    def _adopt(self, pid: int, tid: int, parent: TracedProcess, status: int) -> None:
         try:
             shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
         except OSError as e:
@@ -472,8 +472,11 @@ class TraceThread(threading.Thread):
         thread.settled = True
         self._stepper.note_mask(thread)
         self._reconcile(child, "fork", parent.id)
-        self._let_go_if_idle(child)
-        self._resume(thread)
+        if status >> 16 == ptrace.PTRACE_EVENT_STOP:
+            self._let_go_if_idle(child)
+            self._resume(thread)
+        else:
+            self._handle(tid, status)  # not its first stop: it could not be entered before
 
     def _include(self, process: TracedProcess, tid: int) -> Thread:
         self._group.processes[process.id.pid] = process
