@@ -213,7 +213,9 @@ class Group:
         return found
 
     def join(self, pid: int, sharer: int) -> None:
-        """Follows a process that has the address space of one that is followed here."""
+        """Follows a process that has the address space of one that is followed here. Raises OSError."""
+        if sharer not in self.processes:
+            raise ProcessLookupError(f"process {sharer} ended meanwhile")
         memory = self.processes[sharer].memory
         child = TracedProcess.open(pid, memory)
         try:

@@ -727,7 +727,10 @@ class TraceThread(threading.Thread):
             self._closing = all(p.released and not p.memory.sites for p in self._group.processes.values())
 
     def join_process(self, pid: int, sharer: int) -> None:
-        """Follows a process that shares the address space of one that is followed here. On this thread."""
+        """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
+        that one no longer is."""
+        if sharer not in self._group.processes:
+            raise Ended
         self._group.join(pid, sharer)
 
     def release(self, pid: int) -> None:
