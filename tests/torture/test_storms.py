@@ -141,6 +141,26 @@ def test_probes_come_and_go_while_children_of_every_kind_do(host: Host, targets:
         as_it_was(host, child)
 
 
+def test_r7_probes_come_and_go_while_two_processes_share_their_memory(
+    host: Host, targets: Targets, torture: Torture
+) -> None:
+    """The one calls (CLONE_VM), the other waits for it: no slot may go while either can be inside."""
+    program = targets.build("forks")
+    plan = host.files.plan(program, "target_forks")
+    with targets.run("forks") as child, shared_counters(child) as (begun, done, _):
+        calls = size(20_000_000, 200_000_000)
+        child.send(f"clone {calls}")
+        cycle = 0
+        while done() < calls:
+            for cycle in torture.cycles(1, 1):
+                bounded_cycle(host, plan, f"p{cycle}", begun, done)
+                host.engine.close()
+        child.wait_for("ended")
+        count = child.count()
+        assert (count["failed"], count["done"]) == (0, calls)
+        as_it_was(host, child)
+
+
 @pytest.mark.parametrize("storm", ["storm", "storm-thread"])
 def test_probes_come_and_go_while_a_program_execs(host: Host, targets: Targets, torture: Torture, storm: str) -> None:
     program = targets.build("execs")
