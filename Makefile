@@ -92,6 +92,12 @@ test: setup ## everything: check, vitest, pytest; as root installs the Debian pa
 	[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) && [ -z "$$failed" ]
 
+.PHONY: torture
+torture: setup ## tests/torture at full length: storms, kills and failures by the thousand; half an hour or more, progress shown
+	@sh scripts/test-deps.sh
+	@[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
+	TRAPLINE_TORTURE=long $(BIN)/python -m pytest tests/torture -v -o faulthandler_timeout=1800 $(PYTEST_ARGS)
+
 .PHONY: bench
 bench: setup ## measure: cost of a hit beside gdb and python-ptrace, hits/s end to end
 	$(BIN)/python -m benchmarks.engines.ptrace

@@ -206,6 +206,18 @@ def perf() -> str:
     return ""
 
 
+@_need("uprobe", "run as root on a kernel with CONFIG_UPROBES")
+def uprobe() -> str:
+    """Has the kernel count an instruction that nobody runs."""
+    from tests.support.uprobe import kernel_count
+
+    try:
+        with kernel_count(Path("/proc/self/exe").resolve(), 4096):
+            return ""
+    except OSError as e:
+        return f"an event of the PMU uprobe: {e.strerror}"
+
+
 @dataclass(frozen=True)
 class LedgerRow:
     reason: str

@@ -13,7 +13,7 @@ from trapline_service.config import Settings
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 CLASSES = [Settings, AgentSettings]
-ELSEWHERE = {"TRAPLINE_URL", "TRAPLINE_TOKEN", "TRAPLINE_WEB", "TRAPLINE_TEST_STRICT"}
+ELSEWHERE = {"TRAPLINE_URL", "TRAPLINE_TOKEN", "TRAPLINE_WEB", "TRAPLINE_TEST_STRICT", "TRAPLINE_TORTURE"}
 """Variables that belong to no settings class: the client's, the build's and the tests'."""
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from enum import Enum
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
+
+_TRIES = 3
 _GONE = (errno.ENOENT, errno.ESRCH)
 
 _SYS_CLONE, _SYS_FORK, _SYS_VFORK, _SYS_CLONE3 = 56, 57, 58, 435
@@ -19,6 +23,18 @@ def _raise(e: OSError, what: str) -> NoReturn:
     if e.errno in _GONE:
         raise ProcessLookupError(errno.ESRCH, "no such process", what) from e
     raise e
+
+
+def tried(look: Callable[[], T]) -> T:
+    """Returns what something does that may fail for want of memory or descriptors, and not the next time."""
+    for _ in range(_TRIES - 1):
+        try:
+            return look()
+        except ProcessLookupError:
+            raise
+        except OSError:
+            continue
+    return look()
 
 
 def read(path: str, limit: int = 1 << 16) -> bytes:
@@ -76,10 +92,11 @@ def signal_sets(tid: int) -> tuple[int, int, int]:
 
 
 def has_ended(pid: int, tid: int) -> bool:
-    """Whether a thread is a zombie or gone: a leader may be while the others run on."""
+    """Whether a thread is a zombie or gone: a leader may be while the others run on. Raises OSError where it cannot be
+    known."""
     try:
         return stat_fields(pid, tid)[0] in (b"Z", b"X")
-    except OSError:
+    except ProcessLookupError:
         return True
 
 
@@ -99,9 +116,9 @@ def tracer(tid: int) -> int:
     return int(status(tid, "TracerPid").get("TracerPid", "0"))
 
 
-def traced_by_us(tid: int) -> bool:
-    """Whether a thread of this process traces it."""
-    return (by := tracer(tid)) != 0 and os.path.exists(f"/proc/self/task/{by}")
+def is_own_thread(tid: int) -> bool:
+    """Whether a thread is one of this process."""
+    return os.path.exists(f"/proc/self/task/{tid}")
 
 
 class Whereabouts(Enum):

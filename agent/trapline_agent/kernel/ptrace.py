@@ -31,6 +31,8 @@ from ptrace.binding.func import (
     PTRACE_O_TRACEEXEC,
     PTRACE_O_TRACEFORK,
     PTRACE_O_TRACEVFORK,
+    PTRACE_PEEKDATA,
+    PTRACE_POKEDATA,
     PTRACE_POKEUSER,
     PTRACE_SETREGS,
     PTRACE_SETSIGINFO,
@@ -186,6 +188,24 @@ def poke_user(tid: int, offset: int, value: int) -> None:
         raise _fail("PTRACE_POKEUSER", tid)
 
 
+WORD: Final = 8
+
+
+def peek(tid: int, addr: int) -> bytes:
+    """Returns 8 bytes of a stopped thread's memory (PTRACE_PEEKDATA). Raises OSError EIO where nothing is mapped."""
+    ctypes.set_errno(0)
+    word = int(_fast(PTRACE_PEEKDATA, tid, addr, None))
+    if word == -1 and ctypes.get_errno():
+        raise _fail("PTRACE_PEEKDATA", tid)
+    return (word & 2**64 - 1).to_bytes(WORD, "little")
+
+
+def poke(tid: int, addr: int, word: bytes) -> None:
+    """Writes 8 bytes to a stopped thread's memory, code too (PTRACE_POKEDATA). Raises OSError: EIO, nothing is mapped."""
+    if _fast(PTRACE_POKEDATA, tid, addr, int.from_bytes(word, "little")) < 0:
+        raise _fail("PTRACE_POKEDATA", tid)
+
+
 class Waiter:
     """waitpid(-1, __WALL | __WNOTHREAD) for one thread's tracees, which a signal interrupts.
 
@@ -213,6 +233,10 @@ class Waiter:
 
 _SYS_KCMP: Final = 312
 _KCMP_VM: Final = 1
+
+
+NO_KCMP: Final = frozenset((errno.ESRCH, errno.ENOSYS, errno.EPERM))
+"""errno of kcmp where it says nothing: one is gone, the kernel has no kcmp, seccomp forbids it."""
 
 
 def same_address_space(a: int, b: int) -> bool:

@@ -115,6 +115,21 @@ def executable_mappings(pid: int) -> list[Mapping]:
     return parse_maps(read_maps(pid))
 
 
+def content_at(pid: int, addr: int, length: int) -> bytes | None:
+    """Returns what a mapping brought along at an address: its file's bytes, zeros where it is anonymous; None where nothing
+    is mapped. Raises as ``read_maps``, and OSError where the file cannot be read."""
+    for line in read_maps(pid).splitlines():
+        span, _, offset, _, inode = line.split(None, 5)[:5]
+        start, end = (int(part, 16) for part in span.split(b"-"))
+        if start <= addr < end:
+            if inode == b"0":
+                return bytes(length)
+            with open(f"/proc/{pid}/map_files/{start:x}-{end:x}", "rb") as file:
+                file.seek(int(offset, 16) + addr - start)
+                return file.read(length).ljust(length, b"\0")
+    return None
+
+
 def needle(file: FileKey) -> bytes:
     """Returns bytes that are in a maps text if the file is mapped (and, rarely, in a path of another)."""
     return f" {file.dev} {file.inode} ".encode()

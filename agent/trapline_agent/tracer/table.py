@@ -33,6 +33,7 @@ from trapline.errors import Conflict
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
+from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.targets import maps
 from trapline_agent.targets.maps import Mapping as FileMapping
@@ -333,7 +334,11 @@ class Table:
 
     def report(self, identity: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         since = time.time_ns()
-        facts = self._proc.facts(identity.pid)
+        blind = False
+        try:
+            facts = procfs.tried(lambda: self._proc.facts(identity.pid))
+        except OSError:
+            facts, blind = None, True  # the engine knows what it did, if not for whom
         comm = "" if facts is None else facts.comm
         parents = self._parents(identity)
         changed = False
@@ -345,7 +350,7 @@ class Table:
                     key = (identity.pid, identity.start_time, plan.site, report.addr)
                     known = consumer.targets.get(key)
                     # A site is there for all its consumers, but each has its own processes (semantics R16).
-                    meant = known is not None if facts is None else consumer.selector.matches(facts, parents)
+                    meant = (blind or known is not None) if facts is None else consumer.selector.matches(facts, parents)
                     state = report.state if meant else "gone"
                     if state == "gone" and known is None:
                         continue

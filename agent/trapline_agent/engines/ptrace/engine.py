@@ -43,7 +43,8 @@ class PtraceEngine:
         """Tracer threads that run, or have ended and were not waited for."""
         self._reaper = Reaper()
         self.attaching = Attaching()
-        self._retry: set[ProcessId] = set()
+        self._retry: set[int] = set()
+        """Pids of processes that could not be brought to what is wanted."""
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
         """Names of the processes that are or were followed, by pid."""
@@ -76,7 +77,7 @@ class PtraceEngine:
                         return
                     self._unmap(process.pid, thread)
                     continue
-                wanted = self.observer.wanted(process, cause)
+                wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
                 if not wanted.sites and not wanted.keep:
                     return
                 with self.attaching.alone(process.pid):
@@ -97,7 +98,8 @@ class PtraceEngine:
                 self._busy(process, cause, str(e))
                 return
             except OSError:
-                log.exception("process %d cannot be brought to what is wanted", process.pid)
+                log.exception("process %d cannot be brought to what is wanted; it is tried again", process.pid)
+                self.again(process.pid)
                 return
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
@@ -106,28 +108,24 @@ class PtraceEngine:
                 del self._threads[pid]
 
     def _busy(self, process: ProcessId, cause: str, why: str) -> None:
-        with self._lock:
-            self._retry.add(process)
+        self.again(process.pid)
         with contextlib.suppress(ProcessLookupError):
             wanted = self.observer.wanted(process, cause)
             self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
         for other in self.processes():
-            with contextlib.suppress(OSError):
-                if other != process and ptrace.same_address_space(
-                    procfs.live_task(other.pid), procfs.live_task(process.pid)
-                ):
-                    with self._lock:
-                        sharer = self._threads.get(other.pid)
-                    if sharer is not None:
-                        sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
-                        return
+            if other != process and _share(other.pid, process.pid):
+                with self._lock:
+                    sharer = self._threads.get(other.pid)
+                if sharer is not None:
+                    sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                    return
         thread = self._start()
         try:
             thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
-            reason, message = _why_not(process.pid, e)
+            reason, message = _why_not(process.pid, e, thread.native_id or 0)
             if reason:
                 self._refuse(process, wanted, cause, reason, message)
         except (ProcessLookupError, TimeoutError):
@@ -174,7 +172,15 @@ class PtraceEngine:
         for thread in threads:
             assert thread is not None
             thread.ring()
-        return list(retry)
+        again = []
+        for pid in retry:
+            try:
+                again.append(ProcessId(pid, procfs.start_time(pid)))
+            except ProcessLookupError:
+                continue
+            except OSError:
+                self.again(pid)
+        return again
 
     def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         """See ``Engine``; takes everything out, whatever the observer wants. Returns when every thread has let its processes
@@ -206,7 +212,8 @@ class PtraceEngine:
         with contextlib.suppress(Ended):
             thread.call(thread.take_out)
         while thread.is_alive():
-            thread.ring()
+            with contextlib.suppress(Ended):
+                thread.call(thread.take_out)
             thread.join(0.05)
         thread.wait_gone()
         with self._lock:
@@ -263,6 +270,10 @@ class PtraceEngine:
     def renamed(self, process: TracedProcess) -> None:
         self.comms[process.id.pid] = process.comm
 
+    def again(self, pid: int) -> None:
+        with self._lock:
+            self._retry.add(pid)
+
     def held(self, pid: int) -> None:
         if (event := self._held.get(pid)) is not None:
             event.set()
@@ -276,12 +287,23 @@ class PtraceEngine:
         self.observer.exited(process.id, status)
 
 
-def _why_not(pid: int, error: OSError) -> tuple[str, str]:
-    """Returns (reason, message) for a refused seize; an empty reason where a thread of ours follows it already."""
+def _share(a: int, b: int) -> bool:
+    """Whether two processes share their memory. Raises OSError where that cannot be known now."""
     try:
-        if procfs.traced_by_us(pid):
+        return ptrace.same_address_space(procfs.live_task(a), procfs.live_task(b))
+    except OSError as e:
+        if e.errno in ptrace.NO_KCMP:
+            return False
+        raise
+
+
+def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:
+    """Returns (reason, message) for a refused seize; an empty reason where another thread of ours than the one that was to
+    seize it follows it already. (That one may have some of its threads, and has given up.)"""
+    try:
+        tracer = next((by for tid in procfs.tasks(pid) if (by := procfs.tracer(tid)) not in (0, seizer)), 0)
+        if tracer and procfs.is_own_thread(tracer):
             return "", ""
-        tracer = procfs.tracer(pid)
         owner = procfs.status(pid, "Uid").get("Uid", "").split("\t")[0]
     except ProcessLookupError:
         return "", ""

@@ -91,9 +91,9 @@ class Group:
                 seized = True
 
     def is_ours(self, tid: int) -> bool:
-        """Whether this thread traces it."""
-        with contextlib.suppress(OSError):
-            return procfs.tracer(tid) == threading.get_native_id()
+        """Whether this thread traces it. Raises OSError where that cannot be known now."""
+        with contextlib.suppress(ProcessLookupError):
+            return procfs.tried(lambda: procfs.tracer(tid)) == threading.get_native_id()
         return False
 
     def settle_all(self, process: TracedProcess) -> None:
@@ -156,11 +156,13 @@ class Group:
                     continue
                 except PermissionError:
                     place = Whereabouts.STOPPED
+                except OSError:
+                    continue  # no descriptors, for example: it is looked at again
                 if place is Whereabouts.BLOCKED:
                     thread.settled = True
                 elif patient or place is Whereabouts.EXECUTING:
                     continue
-                elif place is Whereabouts.STOPPED and procfs.has_ended(pid, thread.tid):
+                elif place is Whereabouts.STOPPED and self._has_ended(thread):
                     thread.settled = True  # a zombie: the leader, whose end is reported when the others have gone
                 elif place is Whereabouts.FORKING and self._is_followed_vfork(process, thread):
                     thread.settled = True
@@ -177,20 +179,25 @@ class Group:
             patient = now - started < _PATIENCE_S
             os.sched_yield() if patient else time.sleep(0.0002)
 
+    def _has_ended(self, thread: Thread) -> bool:
+        with contextlib.suppress(OSError):
+            return procfs.has_ended(thread.process.id.pid, thread.tid)
+        return False
+
     def _is_followed_vfork(self, process: TracedProcess, thread: Thread) -> bool:
         """Whether a thread waits for its vfork's child, and that is followed: then nothing untraced is on its way."""
         try:
             if not procfs.waits_for_vfork(process.id.pid, thread.tid, process.memory.fd):
                 return False
+            return len(self.sharers(process.memory)) > 1 or self.seize_sharers(process)
         except OSError:
             return False
-        return len(self.sharers(process.memory)) > 1 or self.seize_sharers(process)
 
     def seize_sharers(self, process: TracedProcess) -> bool:
         """Follows the processes that share this one's address space (vfork, CLONE_VM): they would meet our bytes untraced.
 
         Only those that were made before the seize are looked for; later ones are followed by the kernel. Returns whether
-        there was a new one.
+        there was a new one. Raises OSError where one cannot be followed: nothing may be written then.
         """
         found = False
         # A leader that has ended has no memory, as kernel threads have none: those would all be the same.
@@ -199,34 +206,38 @@ class Group:
             if not entry.isdigit() or int(entry) in self.processes:
                 continue
             pid = int(entry)
-            try:
-                if not ptrace.same_address_space(asker, pid):
-                    continue
-                self.join(pid, process.id.pid)
-                found = True
-            except OSError:
-                continue  # ended meanwhile, a kernel thread, or not ours to ask
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                if _shares(asker, pid):
+                    self.join(pid, process.id.pid)
+                    found = True
         return found
 
     def join(self, pid: int, sharer: int) -> None:
-        """Follows a process that has the address space of one that is followed here."""
+        """Follows a process that has the address space of one that is followed here. Raises OSError."""
+        if sharer not in self.processes:
+            raise ProcessLookupError(f"process {sharer} ended meanwhile")
         memory = self.processes[sharer].memory
         child = TracedProcess.open(pid, memory)
         try:
             self.seize(child)
+            # An exec before the seize was not reported; after it, it will be.
+            if ptrace.same_address_space(procfs.live_task(pid), procfs.live_task(sharer)):
+                memory.users += 1
+            else:
+                child.memory = AddressSpace(pid)
         except OSError:
             self.abandon(child)
             raise
-        # An exec before the seize was not reported; after it, it will be.
-        if ptrace.same_address_space(procfs.live_task(pid), procfs.live_task(sharer)):
-            memory.users += 1
-        else:
-            child.memory = AddressSpace(pid)
         self.processes[pid] = child
         self._adopted(child)
 
     def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
         return [p for p in self.processes.values() if p.memory is memory]
+
+    def soil(self, memory: AddressSpace) -> None:
+        """Notes that something was written: every thread that can run there has to be seen anew, whosesoever it is."""
+        for process in self.sharers(memory):
+            process.dirty = True
 
     def add(self, process: TracedProcess, tid: int) -> Thread:
         """Enters a thread that is followed."""
@@ -242,3 +253,10 @@ class Group:
         """Strikes off all threads of a process."""
         for tid in list(process.threads):
             self.drop(process, tid)
+
+
+def _shares(a: int, b: int) -> bool:
+    try:
+        return ptrace.same_address_space(a, b)
+    except OSError:
+        return False  # a kernel thread, or not ours to ask

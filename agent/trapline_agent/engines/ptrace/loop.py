@@ -40,6 +40,10 @@ _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
+_STANDING = frozenset(("fork", "exec"))
+"""Causes for which the process, of one thread, is stopped while it is looked at: its mappings stay as they are."""
+_TRIES = 3
+"""How often something is tried that fails for want of memory, descriptors and the like."""
 
 
 class Ended(Exception):
@@ -57,6 +61,9 @@ class Directory(Protocol):
 
     def held(self, pid: int) -> None:
         """A launched command stands before its first instruction."""
+
+    def again(self, pid: int) -> None:
+        """A process could not be brought to what is wanted, and is to be reconciled once more in a while."""
 
     def forgot(self, process: TracedProcess, status: int | None) -> None:
         """It ended (wait status) or was let go (None)."""
@@ -102,6 +109,8 @@ class TraceThread(threading.Thread):
         self._wake = threading.Event()
         self._ended = False
         self._closing = False
+        self._followed = False
+        """A process was followed once. One whose seize failed half-way never was: nothing was written to it."""
         self._waiter = ptrace.Waiter()
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
@@ -160,7 +169,10 @@ class TraceThread(threading.Thread):
                     if not self._finished():
                         self._wake.wait()
                 self._take_commands()
-                self._release_idle()
+                try:
+                    self._release_idle()
+                except OSError:
+                    log.exception("what nothing is wanted in cannot be let go yet")
         except BaseException:
             log.exception("tracer thread failed; its processes are let go")
             self.take_out()
@@ -199,6 +211,8 @@ class TraceThread(threading.Thread):
 
     def _expects_children(self) -> bool:
         """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
+        if not self._followed:
+            return False
         for tid in list(self._fork_parents):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
@@ -212,7 +226,7 @@ class TraceThread(threading.Thread):
 
     def _is_mine(self, tid: int) -> bool:
         with contextlib.suppress(OSError):
-            return procfs.tracer(tid) == self.native_id
+            return procfs.tried(lambda: procfs.tracer(tid)) == self.native_id
         return False
 
     def _take_commands(self) -> None:
@@ -234,22 +248,37 @@ class TraceThread(threading.Thread):
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
-        """Serves one change of state. A failure here must not leave a thread stopped."""
-        try:
-            if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
-                self._trap(thread)
-            else:
-                self._other(tid, status)
-        except ProcessLookupError:
-            return  # killed meanwhile: its end is reported to us too
-        except Exception:
-            log.exception("serving thread %d failed", tid)
-            with contextlib.suppress(OSError):
-                self._let_go_on(tid, status)
+        """Serves one change of state. A failure here must not leave a thread stopped.
+
+        One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
+        thread that goes on already answers ESRCH to everything.)
+        """
+        for _ in range(_TRIES):
+            try:
+                if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
+                    self._trap(thread)
+                else:
+                    self._other(tid, status)
+                return
+            except ProcessLookupError:
+                return  # killed meanwhile: its end is reported to us too
+            except Exception:
+                log.exception("serving thread %d failed", tid)
+        with contextlib.suppress(OSError):
+            self._let_go_on(tid, status)
 
     def _let_go_on(self, tid: int, status: int) -> None:
         """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
         if not os.WIFSTOPPED(status):
+            return
+        if tid not in self._group.threads:
+            self._turn_away(tid)
+            return
+        if status >> 16 == ptrace.PTRACE_EVENT_EXEC and tid in self._group.processes:
+            # What we know of it is the old image's. It is found again as one that nobody follows.
+            ptrace.detach(tid)
+            self._forget(self._group.processes[tid], None)
+            self._engine.again(tid)
             return
         sig = os.WSTOPSIG(status) if status >> 16 == 0 else 0
         if sig == signal.SIGTRAP and self._registers.signal_code(tid) == ptrace.SI_KERNEL:
@@ -260,6 +289,23 @@ class TraceThread(threading.Thread):
                 ptrace.poke_user(tid, 8 * RIP, at)
                 sig = 0
         ptrace.cont(tid, sig)
+
+    def _turn_away(self, tid: int) -> None:
+        """Does without /proc what can be done for a newborn that could not be entered, for want of descriptors for example:
+        it must not meet a breakpoint alone."""
+        for process in self._group.processes.values():
+            if _is_thread_of(process, tid):
+                # One that only shares the memory is entered likewise: its hits are served, under the other's number.
+                self._group.add(process, tid)
+                self._group.threads[tid].settled = True
+                ptrace.cont(tid)
+                return
+        for process in (*self._group.processes.values(), *self._forgotten):
+            process.memory.purge_child(tid)
+        log.error("process %d cannot be followed; it goes on without probes until it is found again", tid)
+        ptrace.detach(tid)
+        self._fork_parents.pop(tid, None)
+        self._engine.again(tid)
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
@@ -276,14 +322,20 @@ class TraceThread(threading.Thread):
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
-        if thread.uncounted is not None and thread.uncounted == state_of(words):
-            thread.uncounted = None
-        else:
-            pid, fd = thread.process.id.pid, memory.fd
-            for sink in site.sinks:
-                sink(ts, pid, tid, words, fd)
-        if site.is_hook:
-            self._reconcile(thread.process, "mmap")
+        try:
+            if thread.uncounted is not None and thread.uncounted == state_of(words):
+                thread.uncounted = None
+            else:
+                pid, fd = thread.process.id.pid, memory.fd
+                for sink in site.sinks:
+                    sink(ts, pid, tid, words, fd)
+            if thread.blocked:
+                procfs.tried(lambda: self._stepper.block_again(thread))
+            if site.is_hook:
+                self._reconcile(thread.process, "mmap")
+        except Exception:
+            # Ours, not the program's: served again, this would look like a SIGTRAP of its own.
+            log.exception("a hit of thread %d was not served whole", tid)
         thread.settled = True
         thread.hits += 1
         self._resume(thread)
@@ -298,11 +350,26 @@ class TraceThread(threading.Thread):
         memory = thread.process.memory
         thread.settled = True
         former = memory.former.get(addr) if code == ptrace.SI_KERNEL else None
-        if former is not None and memory.restored(former):
+        if (former is not None and memory.restored(former)) or (
+            code == ptrace.SI_KERNEL and self._follow_move(thread.process, addr)
+        ):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
         self._deliver(thread, signal.SIGTRAP)
+
+    def _follow_move(self, process: TracedProcess, addr: int) -> bool:
+        """Whether a breakpoint of ours came to an address with its code (mremap), of which nobody told. It is armed there
+        then, and nowhere else."""
+        moved = [s for s in process.memory.sites.values() if process.memory.has(addr, s.armed)]
+        if not moved:
+            return False
+        now = procfs.tried(lambda: self._observer.wanted(process.id, "mmap"))
+        site = next((s for s in moved if now.still_mapped(addr, s.plan)), None)
+        if site is None or not process.memory.put(addr, site.original):
+            return False
+        self._reconcile(process, "mmap")
+        return True
 
     def _follow_cpu(self, thread: Thread) -> None:
         """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
@@ -360,9 +427,9 @@ class TraceThread(threading.Thread):
         """The first stop of a thread or child that the kernel attached for us."""
         fields = procfs.status(tid, "Tgid", "PPid")
         pid = int(fields["Tgid"])
-        known_parent = self._fork_parents.pop(tid, None)
         process = self._group.processes.get(pid)
         if process is not None:
+            self._fork_parents.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
@@ -374,11 +441,14 @@ class TraceThread(threading.Thread):
             else:
                 self._resume(thread)
             return
-        parent = known_parent or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
+        parent = (
+            self._fork_parents.get(tid) or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
+        )
         if parent is None:
             ptrace.detach(tid)
             return
-        self._adopt(pid, tid, parent)
+        self._adopt(pid, tid, parent, status)
+        self._fork_parents.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
@@ -391,14 +461,16 @@ class TraceThread(threading.Thread):
             probe.close()
         return next(iter(self._group.processes.values()), None)
 
-    def _adopt(self, pid: int, tid: int, parent: TracedProcess) -> None:
+    def _adopt(self, pid: int, tid: int, parent: TracedProcess, status: int) -> None:
         try:
             shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
-        except OSError:
+        except OSError as e:
+            if e.errno not in ptrace.NO_KCMP:
+                raise
             shared = False
         if shared and parent.memory.users > 0:
-            parent.memory.users += 1
             child = TracedProcess.open(pid, parent.memory)
+            parent.memory.users += 1
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
@@ -406,8 +478,11 @@ class TraceThread(threading.Thread):
         thread.settled = True
         self._stepper.note_mask(thread)
         self._reconcile(child, "fork", parent.id)
-        self._let_go_if_idle(child)
-        self._resume(thread)
+        if status >> 16 == ptrace.PTRACE_EVENT_STOP:
+            self._let_go_if_idle(child)
+            self._resume(thread)
+        else:
+            self._handle(tid, status)  # not its first stop: it could not be entered before
 
     def _include(self, process: TracedProcess, tid: int) -> Thread:
         self._group.processes[process.id.pid] = process
@@ -419,16 +494,17 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        fresh = AddressSpace(tid)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
-        fresh = AddressSpace(tid)
         old, process.memory = process.memory, fresh
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
         old.close()
-        process.comm = procfs.comm(tid)
+        with contextlib.suppress(OSError):
+            process.comm = procfs.comm(tid)
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
@@ -493,6 +569,7 @@ class TraceThread(threading.Thread):
                 process.memory.close()
             raise
         self._group.processes[pid] = process
+        self._followed = True
         self._engine.adopted(process, self)
         try:
             if not held:
@@ -511,11 +588,17 @@ class TraceThread(threading.Thread):
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
-            for sharer in self._group.sharers(process.memory):
-                sharer.released = False
-                seized |= self._group.seize(sharer)
-            if self._group.seize_sharers(process) or seized:
-                self._group.settle_all(process)
+            sharers = self._group.sharers(process.memory)
+            try:
+                for sharer in sharers:
+                    sharer.released = False
+                    seized |= self._group.seize(sharer)
+                if self._group.seize_sharers(process) or seized:
+                    self._group.settle_all(process)
+            except OSError:
+                for sharer in sharers:
+                    sharer.released = True  # nothing was written: all of this is to be done again first
+                raise
         self._reconcile(process, cause)
         return True
 
@@ -526,23 +609,30 @@ class TraceThread(threading.Thread):
         if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
             return
         try:
-            wanted = self._observer.wanted(process.id, cause, parent)
+            wanted = procfs.tried(lambda: self._observer.wanted(process.id, cause, parent))
         except ProcessLookupError:
             return
         except OSError:
             # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
-            log.exception("process %d cannot be looked at", process.id.pid)
+            log.exception("process %d cannot be looked at; it is tried again", process.id.pid)
+            self._engine.again(process.id.pid)
             for site in list(memory.sites.values()):
                 if not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
-                    process.dirty = True
+                    self._group.soil(memory)
             process.lingering = not memory.sites and not process.held
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
-            if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+            if (
+                request is not None
+                and request.plan.file == site.plan.file
+                and request.plan.offset == site.plan.offset
+                # Not where the file was unmapped and mapped again at the same address, of which nobody told.
+                and memory.has_breakpoint(site.addr)
+            ):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
                 joined = site.sinks != request.sinks
                 site.sinks = request.sinks
@@ -550,8 +640,11 @@ class TraceThread(threading.Thread):
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
-            memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
-            process.dirty = True
+            self._group.soil(memory)
+            if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):
+                log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
+                self._engine.again(process.id.pid)
+                continue
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -561,17 +654,32 @@ class TraceThread(threading.Thread):
                 if objection is not None:
                     raise objection
                 memory.arm(request)
-                process.dirty = True
+                self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
             except OSError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
+        if cause in _STANDING:
+            memory.written.clear()
+        elif memory.written:
+            reports += self._look_again(process, cause)
         process.lingering = not memory.sites and not wanted.keep and not process.held
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
         self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)
+        if any(r.is_hook and r.addr in memory.sites for r in new):
+            # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
+            self._reconcile(process, cause, parent)
+
+    def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
+        try:
+            now = procfs.tried(lambda: self._observer.wanted(process.id, cause))
+        except OSError:
+            return []  # it is gone, or cannot be looked at
+        gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
+        return [SiteReport(s.addr, s.plan, "gone") for s in gone]
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
         """Says why a process may have no breakpoint at all: what it does about SIGTRAP could not be kept (semantics H5).
@@ -627,7 +735,10 @@ class TraceThread(threading.Thread):
             self._closing = all(p.released and not p.memory.sites for p in self._group.processes.values())
 
     def join_process(self, pid: int, sharer: int) -> None:
-        """Follows a process that shares the address space of one that is followed here. On this thread."""
+        """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
+        that one no longer is."""
+        if sharer not in self._group.processes:
+            raise Ended
         self._group.join(pid, sharer)
 
     def release(self, pid: int) -> None:
@@ -644,9 +755,21 @@ class TraceThread(threading.Thread):
                 self._resume(thread)
 
 
+def _is_thread_of(process: TracedProcess, tid: int) -> bool:
+    """Whether a thread is one of a process', or has its memory; asks the kernel, not /proc."""
+    with contextlib.suppress(OSError):
+        ptrace.thread_kill(process.id.pid, tid, 0)
+        return True
+    with contextlib.suppress(OSError):
+        return ptrace.same_address_space(process.id.pid, tid)
+    return False
+
+
 def _lives(pid: int) -> bool:
     try:
         procfs.live_task(pid)
-        return True
-    except OSError:
+    except ProcessLookupError:
         return False
+    except OSError:
+        pass  # not to be known now
+    return True

@@ -17,8 +17,12 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest
-from trapline_agent.kernel import procfs
+from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
+from trapline_agent.targets import maps
+
+_TRIES = 3
+"""How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
 
 
 @dataclass(eq=False)
@@ -57,6 +61,8 @@ class AddressSpace:
         self.slots: dict[int, tuple[Site, Slot]] = {}
         """By slot address; kept until no thread can be inside."""
         self.users = 1
+        self.written: list[tuple[int, bytes, Site]] = []
+        """(address, bytes, site) of each write since ``undo_strays``."""
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -112,12 +118,18 @@ class AddressSpace:
                     hint="probe another instruction of the function",
                 )
         os.pwrite(self.fd, BREAKPOINT, addr)
+        self.written.append((addr, BREAKPOINT, site))
         self.sites[addr] = site
+        if site.slot and not self._keeps_slot(site.slot):
+            # The file was mapped anew between the two writes. Who has hit it waits for us, and goes back.
+            self.disarm(site)
+            raise Unsupported(f"the mapping at {addr:#x} changed meanwhile", reason="Unmapped")
         self.former.pop(addr, None)
         return site
 
-    def disarm(self, site: Site, *, mapped: bool = True) -> None:
-        """Takes a breakpoint out.
+    def disarm(self, site: Site, *, mapped: bool = True) -> bool:
+        """Takes a breakpoint out. Returns False where it is there and cannot be written: then it stays one of ``sites``, of
+        no consumer, so that whoever runs into it goes on (semantics R7).
 
         Args:
             site: one of ``sites``.
@@ -125,34 +137,72 @@ class AddressSpace:
                 ours only where it is the very instruction with our byte: a program that moved its text to other memory
                 (large pages) took that along.
         """
-        del self.sites[site.addr]
-        if self._has(site.addr, BREAKPOINT if mapped else site.armed):
-            # EIO and the like: unmapped meanwhile, or the address space is gone with its last process
-            with contextlib.suppress(OSError):
-                os.pwrite(self.fd, site.original, site.addr)
-        elif not mapped and site.slot:
+        if self.has(site.addr, BREAKPOINT if mapped else site.armed):
+            # It may be unmapped meanwhile, or the address space gone with its last process.
+            if not self.put(site.addr, site.original) and self.has(site.addr, site.armed):
+                site.sinks = ()
+                return False
+            self.written.append((site.addr, site.original, site))
+        elif site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
+        del self.sites[site.addr]
         self.former[site.addr] = site
+        return True
+
+    def undo_strays(self, still_mapped: Callable[[int, SitePlan], bool], pid: int) -> list[Site]:
+        """Looks again after writing: munmap and mremap tell nobody, and may have come between the look and the write
+        (semantics R18). What met another mapping is replaced by what that has there.
+
+        That is its file's bytes, or zeros in anonymous memory: what a program itself may have put there in the microsecond
+        before our write cannot be known.
+
+        Args:
+            still_mapped: by the mappings as they are now.
+            pid: a process that has this memory.
+
+        Returns:
+            Sites that are no more.
+        """
+        gone = []
+        written, self.written = self.written, []
+        for addr, content, site in written:
+            if still_mapped(site.addr, site.plan):
+                continue
+            if addr == site.addr and self.has(addr + 1, site.plan.code[1:]):
+                self.put(addr, site.original)  # the code itself, in other memory: a program that moves its text
+            elif self.has(addr, content):
+                with contextlib.suppress(OSError):
+                    if (own := maps.content_at(pid, addr, len(content))) is not None:
+                        self.put(addr, own)
+            self.slots.pop(addr, None)
+            if self.sites.get(site.addr) is site:
+                del self.sites[site.addr]
+                gone.append(site)
+        return gone
 
     def has_breakpoint(self, addr: int) -> bool:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
-        return self._has(addr, BREAKPOINT)
+        return self.has(addr, BREAKPOINT)
 
     def restored(self, site: Site) -> bool:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
         if not self.has_breakpoint(site.addr):
             return True
-        if self._has(site.addr, site.armed):
+        return self.has(site.addr, site.armed) and self.put(site.addr, site.original)
+
+    def has(self, addr: int, content: bytes) -> bool:
+        """Whether these bytes are at an address now; False where nothing is mapped."""
+        for _ in range(_TRIES):
             with contextlib.suppress(OSError):
-                os.pwrite(self.fd, site.original, site.addr)
-                return True
+                return os.pread(self.fd, len(content), addr) == content
         return False
 
-    def _has(self, addr: int, content: bytes) -> bool:
-        try:
-            return os.pread(self.fd, len(content), addr) == content
-        except OSError:
-            return False
+    def put(self, addr: int, content: bytes) -> bool:
+        """Writes; returns whether that could be done."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError):
+                return os.pwrite(self.fd, content, addr) == len(content)
+        return False
 
     def inherit(self, parent: AddressSpace) -> None:
         """Takes over what a forked child's memory has of its parent's breakpoints and slots.
@@ -164,8 +214,24 @@ class AddressSpace:
                 copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
                 self.sites[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
-            if self._has(addr, slot.code):
+            if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
+
+    def purge_child(self, tid: int) -> None:
+        """Takes out of a stopped child's memory, which is a copy of this one, what it has of our breakpoints and slots, by
+        ptrace alone: for one whose memory cannot be opened."""
+        for site in (*self.former.values(), *self.sites.values()):
+            with contextlib.suppress(OSError):
+                word = ptrace.peek(tid, site.addr)
+                if word.startswith(site.armed[: len(word)]):
+                    ptrace.poke(tid, site.addr, site.original + word[1:])
+        for addr, (_, slot) in self.slots.items():
+            with contextlib.suppress(OSError):
+                for at in range(0, len(slot.code), ptrace.WORD):
+                    part = slot.code[at : at + ptrace.WORD]
+                    word = ptrace.peek(tid, addr + at)
+                    if word.startswith(part):
+                        ptrace.poke(tid, addr + at, bytes(len(part)) + word[len(part) :])
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -173,20 +239,27 @@ class AddressSpace:
         """Writes the displaced copy into the module's unused bytes; returns its address, 0 where there is no room."""
         for addr, (owner, _) in self.slots.items():
             if owner.addr == site.addr and owner.plan == site.plan:
-                return addr
+                if self._keeps_slot(addr):
+                    return addr
+                del self.slots[addr]  # it went with its mapping, and the file was mapped there anew
+                break
         if not slack_addr:
             return 0
         first = -(-slack_addr // 16) * 16
         for addr in range(first, slack_addr + site.plan.slack_len - SLOT_BYTES + 1, SLOT_BYTES):
             if addr in self.slots:
                 continue
-            if os.pread(self.fd, SLOT_BYTES, addr) != bytes(SLOT_BYTES):
-                continue  # somebody else's: a hot patch, or the remains of a tracer that was killed
             try:
                 slot = site.step.slot(site.addr, addr)
             except Unsupported:
                 return 0
+            found = os.pread(self.fd, SLOT_BYTES, addr)
+            if found not in (bytes(SLOT_BYTES), slot.code.ljust(SLOT_BYTES, b"\0")):
+                # Somebody else's: a hot patch. (The very copy that is to be there may have moved here with the code, or
+                # be the remains of a tracer that was killed.)
+                continue
             os.pwrite(self.fd, slot.code, addr)
+            self.written.append((addr, slot.code, site))
             self.slots[addr] = (site, slot)
             return addr
         return 0
@@ -194,18 +267,19 @@ class AddressSpace:
     def slot_at(self, ip: int) -> tuple[int, Site, Slot] | None:
         """Returns (address, site, slot) of the slot that an instruction pointer is in."""
         for addr, (site, slot) in self.slots.items():
-            if addr <= ip < addr + len(slot.code):
+            if addr <= ip < addr + len(slot.code) and self._keeps_slot(addr):
                 return addr, site, slot
         return None
+
+    def _keeps_slot(self, addr: int) -> bool:
+        """Whether a slot's bytes are there still, and did not go with a mapping."""
+        return self.has(addr, self.slots[addr][1].code) if addr in self.slots else False
 
     def wipe_slots(self) -> None:
         """Puts the zeros back. Only when no thread can be inside, and no site uses them."""
         for addr, (_, slot) in self.slots.items():
-            try:
-                if self._has(addr, slot.code):
-                    os.pwrite(self.fd, bytes(len(slot.code)), addr)
-            except OSError:
-                continue  # unmapped, or the process is gone
+            if self.has(addr, slot.code):
+                self.put(addr, bytes(len(slot.code)))
         self.slots.clear()
 
 

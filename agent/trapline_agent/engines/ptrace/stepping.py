@@ -12,7 +12,7 @@ import signal
 from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RIP, RSP
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.tracee import Thread
-from trapline_agent.kernel import ptrace
+from trapline_agent.kernel import procfs, ptrace
 
 TRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL))
@@ -54,16 +54,15 @@ class Stepper:
             self._registers.store(thread.tid)
             for i, value in enumerate(before):
                 words[i] = value
-        if thread.blocked:
-            self._block_again(thread)
 
     def note_mask(self, thread: Thread) -> None:
         """Remembers what a stopped thread blocks, where that is SIGTRAP too: see ``Thread.blocked``."""
         mask = ptrace.signal_mask(thread.tid)
         thread.blocked = mask if mask & TRAP_BIT else 0
 
-    def _block_again(self, thread: Thread) -> None:
-        """Puts SIGTRAP back among the blocked signals, as long as the program left the others as they were."""
+    def block_again(self, thread: Thread) -> None:
+        """Puts SIGTRAP back among the signals that a thread blocks (``Thread.blocked``), as long as the program left the
+        others as they were."""
         if ptrace.signal_mask(thread.tid) | TRAP_BIT == thread.blocked:
             ptrace.set_signal_mask(thread.tid, thread.blocked)
         else:
@@ -115,24 +114,28 @@ class Stepper:
         tid = thread.tid
         mask = ptrace.signal_mask(tid)
         ptrace.set_signal_mask(tid, mask | _HELD_BACK)
-        for _ in range(_STEPS):
-            ptrace.single_step(tid)
-            status = self._wait_for(tid)
-            if not os.WIFSTOPPED(status):
-                return status
-            self._registers.load(tid)
-            inside = thread.process.memory.slot_at(self._words[RIP])
-            if inside is None or status >> 16 or os.WSTOPSIG(status) != signal.SIGTRAP:
-                break
-        if inside is not None:
-            # The instruction faulted, or repeats itself: its state is all in registers, so it can go on from the original.
-            addr, site, slot = inside
-            original = slot.starts.get(self._words[RIP] - addr)
-            if original is not None:
-                self._put_back(thread, original)
-                if status == _STEP_STOP and original[0] == site.addr:
-                    thread.uncounted = state_of(self._words)
-        ptrace.set_signal_mask(tid, mask)
+        try:
+            for _ in range(_STEPS):
+                ptrace.single_step(tid)
+                status = self._wait_for(tid)
+                if not os.WIFSTOPPED(status):
+                    return status
+                self._registers.load(tid)
+                inside = thread.process.memory.slot_at(self._words[RIP])
+                if inside is None or status >> 16 or os.WSTOPSIG(status) != signal.SIGTRAP:
+                    break
+            if inside is not None:
+                # The instruction faulted, or repeats itself: its state is all in registers, so it can go on from the
+                # original.
+                addr, site, slot = inside
+                original = slot.starts.get(self._words[RIP] - addr)
+                if original is not None:
+                    self._put_back(thread, original)
+                    if status == _STEP_STOP and original[0] == site.addr:
+                        thread.uncounted = state_of(self._words)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                procfs.tried(lambda: ptrace.set_signal_mask(tid, mask))
         return status
 
     def _wait_for(self, tid: int) -> int:

@@ -60,8 +60,8 @@ class TracedProcess:
     @classmethod
     def open(cls, pid: int, memory: AddressSpace | None = None) -> TracedProcess:
         """Raises ProcessLookupError, PermissionError."""
-        identity = ProcessId(pid, procfs.start_time(pid))
-        return cls(identity, memory or AddressSpace(pid), comm=procfs.comm(pid))
+        identity, comm = ProcessId(pid, procfs.start_time(pid)), procfs.comm(pid)
+        return cls(identity, memory or AddressSpace(pid), comm=comm)
 
     def add(self, tid: int) -> Thread:
         thread = self.threads.get(tid)
