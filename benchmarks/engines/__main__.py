@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.engines import hits
+from benchmarks.engines import attach, bystanders, hits
 
-PARTS = ("hits",)
+PARTS = ("hits", "attach", "bystanders")
 
 
 async def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[str]]:
@@ -31,6 +31,14 @@ async def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
         skipped += left_out
         result["hits"] = hits.to_json(measured)
         hits.show(measured, console)
+    if "attach" in args.parts:
+        attached = await attach.measure(args.rounds, args.cpu, not args.no_peers, console)
+        result["attach"] = attach.to_json(attached)
+        attach.show(attached, console)
+    if "bystanders" in args.parts:
+        others = await bystanders.measure(args.rounds, args.cpu, console)
+        result["bystanders"] = bystanders.to_json(others)
+        bystanders.show(others, console)
     return result, skipped
 
 

@@ -125,10 +125,12 @@ def c_ways(rig: Rig) -> list[Way]:
 _GDB_PYTHON = """\
 python
 class Probe(gdb.Breakpoint):
+    hits = 0
     def stop(self):
+        self.hits += 1  # gdb counts those that stop
         {body}
         return False
-{breakpoints}
+probes = [{breakpoints}]
 end
 """
 _GDB_STRING = 'gdb.parse_and_eval("(char *) $rsi").string()'
@@ -147,11 +149,13 @@ def gdb_ways() -> list[Way]:
             script = ["set confirm off", "set pagination off", "set print thread-events off"]
             if commands:
                 script += [f"break *{addresses[0]:#x}", "commands 1", "silent", "continue", "end"]
+                count = "python print('hits', gdb.breakpoints()[0].hit_count)"
             else:
-                made = "\n".join(f'Probe("*{a:#x}")' for a in addresses)
+                made = ", ".join(f'Probe("*{a:#x}")' for a in addresses)
                 body = _GDB_STRING if kind == "string" else "pass"
                 script.append(_GDB_PYTHON.format(body=body, breakpoints=made))
-            script += ["echo armed\\n", "continue", "info breakpoints 1", "delete", "detach", "echo served\\n"]
+                count = "python print('hits', probes[0].hits)"
+            script += ["echo armed\\n", "continue", count, "delete", "detach", "echo served\\n"]
             with tempfile.NamedTemporaryFile("w", suffix=".gdb") as file:
                 file.write("\n".join(script) + "\n")
                 file.flush()
@@ -161,8 +165,7 @@ def gdb_ways() -> list[Way]:
                     session = Session((gdb.pid,))
                     yield session
                     gdb.signal(signal.SIGINT)
-                    line = await asyncio.to_thread(gdb.wait_for, "\tbreakpoint already hit")
-                    session.hits = int(line.split("already hit ")[1].split()[0])
+                    session.hits = int((await asyncio.to_thread(gdb.wait_for, "hits ")).split()[1])
                     await asyncio.to_thread(gdb.wait_for, "served")
                     await asyncio.to_thread(gdb.wait)
 
@@ -253,10 +256,9 @@ def all_ways(rig: Rig, tracer: Trapline, peers: bool) -> tuple[list[Way], list[s
     """Returns the ways that can be measured here, and for each that cannot, why."""
     assert len(TEXT) < 64
     ways, skipped = trapline_ways(tracer), ["trapline ptrace, entry + return: not supported by this release"]
-    makers: list[Callable[[], list[Way]]] = [
-        lambda: c_ways(rig), gdb_ways, python_ptrace_ways, bpftrace_ways, perf_ways
-    ]  # fmt: skip
-    for make in makers if peers else makers[:1]:
+    others: tuple[Callable[[], list[Way]], ...] = (gdb_ways, python_ptrace_ways, bpftrace_ways, perf_ways)
+    ways += c_ways(rig)
+    for make in others if peers else ():
         try:
             ways += make()
         except Unavailable as e:
