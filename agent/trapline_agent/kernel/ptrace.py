@@ -7,7 +7,7 @@ other calls ``waitpid(-1)``, has no SEIZE and drops foreign SIGTRAPs.
 Every call must come from the thread that seized the tracee; ptrace answers ESRCH to any other (ptrace(2), "Notes").
 Requests on a stopped tracee do not block, so they keep the interpreter lock (PyDLL), which saves giving it up and fighting
 for it again several times a hit. SEIZE can block (on cred_guard_mutex while the tracee is in execve) and gives it up, as
-waiting does.
+waiting does; kcmp and tgkill do not block either.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ SI_KERNEL: Final = 0x80
 REGISTERS_BYTES: Final[int] = ctypes.sizeof(ptrace_registers_t)
 SIGINFO_BYTES: Final = 128
 
-_fast = ctypes.PyDLL(None, use_errno=True).ptrace
+_holding = ctypes.PyDLL(None, use_errno=True)
+_fast = _holding.ptrace
 _fast.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _fast.restype = ctypes.c_long
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,7 +72,7 @@ _slow.restype = ctypes.c_long
 _waitpid = _libc.waitpid
 _waitpid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _waitpid.restype = ctypes.c_int
-_syscall = _libc.syscall
+_syscall = _holding.syscall
 
 
 def _fail(what: str, tid: int) -> OSError:

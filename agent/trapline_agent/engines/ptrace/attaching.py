@@ -18,21 +18,24 @@ class Attaching:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._busy: set[int] = set()
+        self._busy: dict[int, int] = {}
+        """By pid: a thread that lived when it began."""
         self._paused = 0
 
     @contextlib.contextmanager
     def alone(self, pid: int) -> Iterator[None]:
-        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory."""
+        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory. Raises
+        ProcessLookupError."""
+        task = procfs.live_task(pid)
         with self._changed:
-            while self._paused or any(other == pid or _share_memory(other, pid) for other in self._busy):
+            while self._paused or any(p == pid or _share_memory(t, task) for p, t in self._busy.items()):
                 self._changed.wait()
-            self._busy.add(pid)
+            self._busy[pid] = task
         try:
             yield
         finally:
             with self._changed:
-                self._busy.discard(pid)
+                del self._busy[pid]
                 self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -55,6 +58,6 @@ class Attaching:
 
 def _share_memory(one: int, other: int) -> bool:
     try:
-        return ptrace.same_address_space(procfs.live_task(one), procfs.live_task(other))
+        return ptrace.same_address_space(one, other)
     except OSError:
         return False  # one of them has ended

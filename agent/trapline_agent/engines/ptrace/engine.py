@@ -114,12 +114,15 @@ class PtraceEngine:
             self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
-        for other in self.processes():
-            if other != process and _share(other.pid, process.pid):
+        asker = procfs.live_task(process.pid)
+        with self._lock:
+            followed = list(self._processes.values())
+        for other in followed:
+            if other.id != process and _share(other.live_task(), asker):
                 with self._lock:
-                    sharer = self._threads.get(other.pid)
+                    sharer = self._threads.get(other.id.pid)
                 if sharer is not None:
-                    sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                    sharer.call(lambda s=sharer, o=other.id: s.join_process(process.pid, o.pid))  # type: ignore[misc]
                     return
         thread = self._start()
         try:
@@ -288,9 +291,9 @@ class PtraceEngine:
 
 
 def _share(a: int, b: int) -> bool:
-    """Whether two processes share their memory. Raises OSError where that cannot be known now."""
+    """Whether two live threads share their memory. Raises OSError where that cannot be known now."""
     try:
-        return ptrace.same_address_space(procfs.live_task(a), procfs.live_task(b))
+        return ptrace.same_address_space(a, b)
     except OSError as e:
         if e.errno in ptrace.NO_KCMP:
             return False

@@ -173,6 +173,8 @@ class Group:
                         ptrace.interrupt(thread.tid)
             while (change := self._waiter.wait(block=False))[0] > 0:
                 self._serve(*change)
+            if all(t.settled for t in list(process.threads.values())):
+                return True
             now = time.monotonic()
             if now > deadline:
                 return False

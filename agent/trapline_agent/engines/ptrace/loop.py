@@ -118,6 +118,8 @@ class TraceThread(threading.Thread):
         self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
+        self._bereft = False
+        """One of our threads ended, and it may have been in a fork of which it told nothing."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
@@ -152,8 +154,7 @@ class TraceThread(threading.Thread):
     @property
     def ended(self) -> bool:
         """It takes no more commands, and is letting its tracees go or has done so."""
-        with self._lock:
-            return self._ended
+        return self._ended
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -217,11 +218,12 @@ class TraceThread(threading.Thread):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
                 del self._fork_parents[tid]
-        if not self._fork_parents:
+        if not self._fork_parents and self._bereft:
             # A parent that is killed in its fork tells of no child.
             for entry in os.listdir("/proc"):
                 if entry.isdigit() and int(entry) not in self._group.threads and self._is_mine(int(entry)):
                     return True
+            self._bereft = False
         return bool(self._fork_parents)
 
     def _is_mine(self, tid: int) -> bool:
@@ -418,6 +420,8 @@ class TraceThread(threading.Thread):
             return
         process = thread.process
         process.drop(tid)
+        if os.WIFSIGNALED(status) or process.threads:
+            self._bereft = True  # not by its own exit: by a signal, or by another thread's exit or exec
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
         if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
@@ -494,6 +498,7 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        self._bereft |= len(process.threads) > 1
         fresh = AddressSpace(tid)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
