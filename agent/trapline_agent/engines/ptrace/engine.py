@@ -114,19 +114,25 @@ class PtraceEngine:
             self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
-        asker = procfs.live_task(process.pid)
         with self._lock:
-            followed = list(self._processes.values())
-        for other in followed:
-            if other.id != process and _share(other.live_task(), asker):
-                with self._lock:
-                    sharer = self._threads.get(other.id.pid)
-                if sharer is not None:
-                    sharer.call(lambda s=sharer, o=other.id: s.join_process(process.pid, o.pid))  # type: ignore[misc]
-                    return
+            followed = {p.live_task(): p for p in self._processes.values() if p.id != process}
+        sharing, unknown = ptrace.sharers(procfs.live_task(process.pid), list(followed))
+        for task in sharing:
+            other = followed[task].id
+            with self._lock:
+                sharer = self._threads.get(other.pid)
+            if sharer is not None:
+                sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                return
+        # The others do not share its memory, and while they are followed their numbers are not given to some that might.
+        apart = {p.id.pid: p for task, p in followed.items() if task not in unknown}
         thread = self._start()
         try:
-            thread.call(lambda: thread.attach(process.pid, cause))
+            thread.call(
+                lambda: thread.attach(
+                    process.pid, cause, lambda pid: pid in apart and self._processes.get(pid) is apart[pid]
+                )
+            )
         except PermissionError as e:
             reason, message = _why_not(process.pid, e, thread.native_id or 0)
             if reason:
@@ -139,14 +145,12 @@ class PtraceEngine:
     def _start(self) -> TraceThread:
         """Starts a tracer thread, when those that are ending have let all their tracees go: one of them half let go would
         look like one that the kernel attached to the new thread."""
-        with self._lock:
-            ending = {t for t in self._started if t.ended}
+        ending = [t for t in list(self._started) if t.ended]
         for old in ending:
             old.wait_gone()
-        with self._lock:
-            self._started -= ending
         thread = TraceThread(self, self.observer, self._reaper)
         with self._lock:
+            self._started.difference_update(ending)
             self._started.add(thread)
         thread.start()
         return thread
@@ -288,16 +292,6 @@ class PtraceEngine:
                 self._threads.pop(process.id.pid, None)
         self._held.pop(process.id.pid, None)
         self.observer.exited(process.id, status)
-
-
-def _share(a: int, b: int) -> bool:
-    """Whether two live threads share their memory. Raises OSError where that cannot be known now."""
-    try:
-        return ptrace.same_address_space(a, b)
-    except OSError as e:
-        if e.errno in ptrace.NO_KCMP:
-            return False
-        raise
 
 
 def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:

@@ -162,9 +162,10 @@ class TraceThread(threading.Thread):
         try:
             while not self._finished():
                 tid, status = self._waiter.wait()
-                if tid > 0:
-                    self._serve(tid, status)
-                elif tid < 0:
+                # Hits change nothing of what is looked after below, and who wants something rings: they are served in a row.
+                while tid > 0 and self._serve(tid, status) and not self._wake.is_set():
+                    tid, status = self._waiter.wait()
+                if tid < 0:
                     for process in list(self._group.processes.values()):
                         self._forget(process, None)
                     if not self._finished():
@@ -188,17 +189,15 @@ class TraceThread(threading.Thread):
             for command in rest:
                 command.fail(Ended())
 
-    def _serve(self, tid: int, status: int) -> None:
+    def _serve(self, tid: int, status: int) -> bool:
         """Serves a stop, and with several threads all others that wait too, in turn: waitpid goes by the kernel's list, and
-        one thread's next hit would overtake the others for ever."""
+        one thread's next hit would overtake the others for ever. Returns whether all of them were hits of probes."""
         if len(self._group.threads) <= 2:
-            self._handle(tid, status)
-            return
+            return self._handle(tid, status)
         changes = [(tid, status)]
         while (change := self._waiter.wait(block=False))[0] > 0:
             changes.append(change)
-        for change in changes:
-            self._handle(*change)
+        return all([self._handle(*change) for change in changes])
 
     def _finished(self) -> bool:
         with self._lock:
@@ -249,8 +248,8 @@ class TraceThread(threading.Thread):
             process.held = False
             process.lingering = True
 
-    def _handle(self, tid: int, status: int) -> None:
-        """Serves one change of state. A failure here must not leave a thread stopped.
+    def _handle(self, tid: int, status: int) -> bool:
+        """Serves one change of state; returns whether it was a hit of a probe. A failure here must not leave a thread stopped.
 
         One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
         thread that goes on already answers ESRCH to everything.)
@@ -258,16 +257,16 @@ class TraceThread(threading.Thread):
         for _ in range(_TRIES):
             try:
                 if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
-                    self._trap(thread)
-                else:
-                    self._other(tid, status)
-                return
+                    return self._trap(thread)
+                self._other(tid, status)
+                return False
             except ProcessLookupError:
-                return  # killed meanwhile: its end is reported to us too
+                return False  # killed meanwhile: its end is reported to us too
             except Exception:
                 log.exception("serving thread %d failed", tid)
         with contextlib.suppress(OSError):
             self._let_go_on(tid, status)
+        return False
 
     def _let_go_on(self, tid: int, status: int) -> None:
         """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
@@ -311,7 +310,8 @@ class TraceThread(threading.Thread):
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
-    def _trap(self, thread: Thread) -> None:
+    def _trap(self, thread: Thread) -> bool:
+        """Serves a SIGTRAP; returns whether it was a hit of a probe that is wanted."""
         ts = time.monotonic_ns()
         tid = thread.tid
         registers, words = self._registers, self._words
@@ -321,7 +321,7 @@ class TraceThread(threading.Thread):
         site = memory.sites.get(addr)
         if site is None or registers.signal_code(tid) != ptrace.SI_KERNEL:
             self._foreign_trap(thread, addr)
-            return
+            return False
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
         try:
@@ -345,6 +345,7 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
+        return not site.is_hook
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -556,8 +557,16 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False) -> None:
+    def attach(
+        self, pid: int, cause: str, is_apart: Callable[[int], bool] = lambda pid: False, *, held: bool = False
+    ) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
+
+        Args:
+            pid: the process.
+            cause: for the observer.
+            is_apart: whether another process is known not to share its memory.
+            held: whether it is about to exec a command, and to be held there.
 
         Raises:
             PermissionError: the kernel says no.
@@ -578,12 +587,15 @@ class TraceThread(threading.Thread):
         self._engine.adopted(process, self)
         try:
             if not held:
+                self._group.is_apart = is_apart
                 self._group.settle_all(process)
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
             process.retry_at = 0.0
             raise
+        finally:
+            self._group.is_apart = lambda pid: False
 
     def reconcile(self, pid: int, cause: str) -> bool:
         """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
