@@ -24,9 +24,8 @@ class Attaching:
 
     @contextlib.contextmanager
     def alone(self, pid: int) -> Iterator[None]:
-        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory. Raises
-        ProcessLookupError."""
-        task = procfs.live_task(pid)
+        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory."""
+        task = _live_task(pid)
         with self._changed:
             while self._paused or any(p == pid or _share_memory(t, task) for p, t in self._busy.items()):
                 self._changed.wait()
@@ -54,6 +53,13 @@ class Attaching:
         """Waits until none goes on, for ``timeout`` s at most; returns whether none does."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, timeout)
+
+
+def _live_task(pid: int) -> int:
+    try:
+        return procfs.live_task(pid)
+    except OSError:
+        return pid  # gone, or not to be known now: whoever attaches it finds out
 
 
 def _share_memory(one: int, other: int) -> bool:

@@ -116,7 +116,7 @@ class PtraceEngine:
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
         with self._lock:
             followed = {p.live_task(): p for p in self._processes.values() if p.id != process}
-        sharing, unknown = ptrace.sharers(procfs.live_task(process.pid), list(followed))
+        sharing, unknown = ptrace.sharers(procfs.live_task(process.pid), list(followed)) if followed else ([], [])
         for task in sharing:
             other = followed[task].id
             with self._lock:
