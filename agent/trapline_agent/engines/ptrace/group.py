@@ -36,7 +36,7 @@ class Group:
         self,
         waiter: ptrace.Waiter,
         reaper: Reaper,
-        serve: Callable[[int, int], None],
+        serve: Callable[[int, int], object],
         adopted: Callable[[TracedProcess], None],
     ) -> None:
         """
