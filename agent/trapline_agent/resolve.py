@@ -220,6 +220,13 @@ class Resolver:
             _require_boundary(fd, index, place, module)
             code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
             step = plan_step(code, place.offset - segment.offset + segment.vaddr)
+            if index.is_relocated(place.offset, step.length):
+                raise Unsupported(
+                    f"the loader writes an address into `{step.text}` at {module}:{place.label} (text relocation), "
+                    "so that it runs with other bytes than the file's",
+                    reason="TextRelocation",
+                    hint="probe another instruction of the function, or a build with -fPIC",
+                )
         except TraplineError as e:
             site.refused = e.to_wire()
             return
