@@ -30,7 +30,16 @@ from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
-from trapline_agent.targets.process import ProcessFacts, facts, ineligible, ppids, require_process, text
+from trapline_agent.targets.process import (
+    ProcessFacts,
+    facts,
+    ineligible,
+    is_32_bit,
+    ppids,
+    require_process,
+    text,
+    thirty_two_bit,
+)
 from trapline_agent.targets.selector import Selector, with_numbers
 
 MAX_SITES = 1000
@@ -284,8 +293,8 @@ class Resolver:
 
     def _refusal(self, process: ProcessFacts) -> tuple[str, str] | None:
         refused = ineligible(process, self._self_pids, self.tracer_pid)
-        if refused is None and _is_32_bit(process.pid):
-            refused = "ThirtyTwoBit", f"process {process.pid} runs 32-bit code, which this release does not probe"
+        if refused is None and is_32_bit(process.pid):
+            return thirty_two_bit(process.pid)
         return refused
 
     # --- questions
@@ -516,11 +525,3 @@ def _symbol(symbol: SymbolAt, file: FoundFile, index: SymbolIndex) -> Symbol:
         size=symbol.size,
         bind=symbol.bind,
     )
-
-
-def _is_32_bit(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/exe", "rb") as file:
-            return file.read(5) == b"\x7fELF\x01"
-    except OSError:
-        return False

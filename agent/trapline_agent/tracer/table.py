@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trapline.errors import Conflict
 from trapline.ids import new_id
@@ -235,6 +235,9 @@ class Table:
         def still_mapped(addr: int, plan: SitePlan) -> bool:
             return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
 
+        def places(plan: SitePlan) -> list[int]:
+            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+
         sites: dict[int, SiteRequest] = {}
         for mapping in mappings if matching else ():
             for plan, consumer in now.by_file.get(mapping.file, ()):
@@ -259,7 +262,7 @@ class Table:
                 hook = _request(addr, loader, mapping, mappings, ())
                 if addr not in sites:
                     sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
-        return Wanted(list(sites.values()), keep, still_mapped)
+        return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -368,10 +371,19 @@ def _request(
             if other.file != plan.file or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
-            if at is not None and at + plan.slack_len <= other.end:
+            # A file may be mapped twice: a slot is only of use near its site.
+            if at is None or at + plan.slack_len > other.end:
+                continue
+            if not slack_addr or abs(at - addr) < abs(slack_addr - addr):
                 slack_addr = at
-                break
     return SiteRequest(addr, plan, sinks, slack_addr=slack_addr, refusal=refusal)
+
+
+def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:
+    """Returns the sites, refused in a process that runs 32-bit code: 64-bit code that it maps is data to it."""
+    if not any(r.addr < 1 << 32 for r in sites) or not process.is_32_bit(pid):
+        return sites
+    return [replace(r, refusal=process.thirty_two_bit(pid)) for r in sites]
 
 
 def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:

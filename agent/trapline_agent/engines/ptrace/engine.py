@@ -71,7 +71,9 @@ class PtraceEngine:
                     self._unmap(process.pid, thread)
                     continue
                 wanted = self.observer.wanted(process, cause)
-                if not wanted.sites and not wanted.keep:
+                if not wanted.keep and all(r.refusal for r in wanted.sites if not r.is_hook):
+                    # Also where nothing is wanted at all. What will be refused needs no attaching.
+                    self._refuse_each(process, wanted, cause)
                     return
                 self._attach(process, cause, wanted)
                 return
@@ -139,6 +141,14 @@ class PtraceEngine:
     def _refuse(self, process: ProcessId, wanted: Wanted, cause: str, reason: str, message: str) -> None:
         reports = [SiteReport(r.addr, r.plan, "refused", reason, message) for r in wanted.sites if not r.is_hook]
         self.observer.report(process, reports, cause)
+
+    def _refuse_each(self, process: ProcessId, wanted: Wanted, cause: str) -> None:
+        """Reports the refusals that the observer knows of already."""
+        reports = [
+            SiteReport(r.addr, r.plan, "refused", *r.refusal) for r in wanted.sites if r.refusal and not r.is_hook
+        ]
+        if reports:
+            self.observer.report(process, reports, cause)
 
     def processes(self) -> list[ProcessId]:
         with self._lock:
