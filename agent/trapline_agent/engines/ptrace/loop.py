@@ -26,7 +26,7 @@ from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
-from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
@@ -40,6 +40,7 @@ _SIGTRAP_STOP = signal.SIGTRAP << 8 | 0x7F
 _GROUP_STOPS = frozenset((signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 _AFFINITY_MASK = 63
 _SAMPLE_MASK = 15
+_MAX_FOREIGN = 1024
 
 
 class Ended(Exception):
@@ -296,7 +297,24 @@ class TraceThread(threading.Thread):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
+        if code == ptrace.SI_KERNEL and self._came_along(thread.process, addr):
+            ptrace.poke_user(thread.tid, 8 * RIP, addr)
+            self._resume(thread)
+            return
         self._deliver(thread, signal.SIGTRAP)
+
+    def _came_along(self, process: TracedProcess, addr: int) -> bool:
+        """Whether an unknown breakpoint is one of ours that moved with its code (mremap, which nobody tells of)."""
+        memory = process.memory
+        if addr in memory.foreign or not memory.has_breakpoint(addr):
+            return False
+        self._reconcile(next(iter(self._group.sharers(memory)), process), "reconcile")
+        if addr in memory.sites or addr in memory.former:
+            return True
+        if len(memory.foreign) >= _MAX_FOREIGN:
+            memory.foreign.clear()
+        memory.foreign.add(addr)
+        return False
 
     def _follow_cpu(self, thread: Thread) -> None:
         """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
@@ -534,16 +552,26 @@ class TraceThread(threading.Thread):
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
+
+        def moved(site: Site) -> bool:
+            return not wanted.still_mapped(site.addr, site.plan)
+
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
-            if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+            same = (
+                request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset
+            )
+            if same and request is not None and memory.stands(site):
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
                 if cause == "fork":
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
-            memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
+            memory.disarm(site, mapped=not moved(site))
             process.dirty = True
+            for addr in wanted.places(site.plan) if moved(site) else ():
+                if addr not in memory.sites:
+                    memory.take_back(site.plan, addr, moved)
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -552,6 +580,8 @@ class TraceThread(threading.Thread):
             try:
                 if objection is not None:
                     raise objection
+                if memory.has_breakpoint(request.addr):
+                    memory.take_back(request.plan, request.addr, moved)
                 memory.arm(request)
                 process.dirty = True
                 reports.append(SiteReport(request.addr, request.plan, "armed"))

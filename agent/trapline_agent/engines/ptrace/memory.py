@@ -57,6 +57,8 @@ class AddressSpace:
         self.slots: dict[int, tuple[Site, Slot]] = {}
         """By slot address; kept until no thread can be inside."""
         self.users = 1
+        self.foreign: set[int] = set()
+        """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -130,13 +132,36 @@ class AddressSpace:
             # EIO and the like: unmapped meanwhile, or the address space is gone with its last process
             with contextlib.suppress(OSError):
                 os.pwrite(self.fd, site.original, site.addr)
-        elif not mapped and site.slot:
-            self.slots.pop(site.slot, None)
+        if not mapped and site.slot in self.slots and not self._has(site.slot, self.slots[site.slot][1].code):
+            del self.slots[site.slot]
         self.former[site.addr] = site
 
     def has_breakpoint(self, addr: int) -> bool:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
         return self._has(addr, BREAKPOINT)
+
+    def stands(self, site: Site) -> bool:
+        """Whether a site is as it was armed: mapped anew, its file is there again without our bytes."""
+        slot = self.slots.get(site.slot)
+        return self.has_breakpoint(site.addr) and (slot is None or self._has(site.slot, slot[1].code))
+
+    def take_back(self, plan: SitePlan, addr: int, moved: Callable[[Site], bool]) -> bool:
+        """Takes out a breakpoint of ours that came to an address with the memory it was written to (mremap).
+
+        Args:
+            plan: of the instruction that is mapped there.
+            addr: where it is now; no site of ours.
+            moved: whether a site's own address has the instruction no more.
+        """
+        for site in (*self.sites.values(), *self.former.values()):
+            same = site.plan.file == plan.file and site.plan.offset == plan.offset and site.addr != addr
+            if same and self._has(addr, site.armed) and moved(site):
+                with contextlib.suppress(OSError):
+                    os.pwrite(self.fd, site.original, addr)
+                    # A thread may have hit it there already.
+                    self.former[addr] = Site(addr, site.plan, site.step, (), site.is_hook)
+                    return True
+        return False
 
     def restored(self, site: Site) -> bool:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
@@ -160,9 +185,8 @@ class AddressSpace:
         The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
         """
         for site in (*parent.former.values(), *parent.sites.values()):
-            if self.has_breakpoint(site.addr):
-                copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
-                self.sites[site.addr] = copy
+            copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
+            (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self._has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
@@ -171,9 +195,11 @@ class AddressSpace:
 
     def _place(self, site: Site, slack_addr: int) -> int:
         """Writes the displaced copy into the module's unused bytes; returns its address, 0 where there is no room."""
-        for addr, (owner, _) in self.slots.items():
+        for addr, (owner, slot) in list(self.slots.items()):
             if owner.addr == site.addr and owner.plan == site.plan:
-                return addr
+                if self._has(addr, slot.code):
+                    return addr
+                del self.slots[addr]  # the file was mapped anew there
         if not slack_addr:
             return 0
         first = -(-slack_addr // 16) * 16
