@@ -340,9 +340,16 @@ class TraceThread(threading.Thread):
             thread.settled = True
             self._deliver(thread, stop)
         elif event == ptrace.PTRACE_EVENT_STOP:
-            thread.settled = True
             thread.interrupted = False
+            if self._stepper.owes_trap(thread):
+                # That first: nobody would take it from a thread that is let go. It runs nothing until then.
+                thread.stop_again = stop in _GROUP_STOPS
+                ptrace.cont(tid)
+                return
+            thread.settled = True
             if stop in _GROUP_STOPS:
+                # It may be let go in this stop, and the slots with it.
+                thread.settled = self._stepper.step_aside(thread)
                 if thread.process.released:
                     self._detach(thread, 0)
                 else:
@@ -467,8 +474,11 @@ class TraceThread(threading.Thread):
     def _resume(self, thread: Thread, sig: int = 0) -> None:
         if thread.process.released:
             self._detach(thread, sig)
-        else:
-            ptrace.cont(thread.tid, sig)
+            return
+        if thread.stop_again:
+            thread.stop_again = False
+            ptrace.interrupt(thread.tid)
+        ptrace.cont(thread.tid, sig)
 
     def _detach(self, thread: Thread, sig: int) -> None:
         ptrace.detach(thread.tid, sig)
