@@ -4,17 +4,26 @@ own. docs/architecture/odd-targets.md is the list.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.engines.host import Host, untouched
 from tests.support import needs
-from tests.support.children import Child
+from tests.support.children import TIMEOUT_S, Child
 from tests.support.targets import Targets
 from trapline.errors import Unsupported
 from trapline.spec import parse_probe
+from trapline_agent.kernel import procfs
 from trapline_agent.resolve import Resolver
+from trapline_agent.targets.maps import executable_mappings
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
@@ -28,6 +37,20 @@ STATIC = [
 
 def refusals(probe: object) -> set[tuple[str, str]]:
     return {(t.state, t.reason) for t in probe.targets}  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def untouched_memory(pid: int) -> Iterator[None]:
+    """``untouched`` for a process whose files' paths mean something else here: memory is as it was before."""
+
+    def code() -> list[bytes]:
+        with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            return [os.pread(memory.fileno(), m.end - m.start, m.start) for m in executable_mappings(pid)]
+
+    before = code()
+    yield
+    assert code() == before
+    assert {procfs.tracer(tid) for tid in procfs.tasks(pid)} == {0}
 
 
 # --- other kinds of programs ------------------------------------------------------------------------------------------
@@ -225,3 +248,172 @@ def test_code_that_the_loader_changes_is_refused(host: Host, targets: Targets) -
         child.ask("open")
         child.ask("call 10")
         assert (probe.hits, child.count()["wrong"]) == (10, 0)
+
+
+# --- odd places -------------------------------------------------------------------------------------------------------
+
+
+def _below(pid: int) -> int:
+    """The process that one has started, by this host's numbers."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+PLACES = {
+    "mount": "mount --make-rprivate / && mount --bind {there} {here} && exec {here} 1",
+    "overlay": "mount --make-rprivate / && mount -t overlay overlay -o"
+    " lowerdir={there_dir},upperdir={dir}/up,workdir={dir}/work {dir}/merged && exec {dir}/merged/hot 1",
+    "copied-up": "mount --make-rprivate / && mount -t overlay overlay -o"
+    " lowerdir={there_dir},upperdir={dir}/up,workdir={dir}/work {dir}/merged && cat /dev/null >>{dir}/merged/hot"
+    " && exec {dir}/merged/hot 1",
+    "chroot": "exec chroot {there_dir} /hot 1",
+    "tmpfs": "mount --make-rprivate / && mount -t tmpfs tmpfs {dir}/merged && cp {there} {dir}/merged"
+    " && exec {dir}/merged/hot 1",
+    "pids": "exec unshare -pf --mount-proc {there} 1",
+    "user": "exec unshare -Ur {there} 1",
+}
+
+
+@needs.mounts
+@pytest.mark.parametrize("place", PLACES)
+def test_files_in_namespaces_of_their_own(host: Host, targets: Targets, tmp_path: Path, place: str) -> None:
+    """Its path leads elsewhere here, or nowhere, and on overlayfs stat(2) and the maps differ (semantics P8)."""
+    here = targets.copy(targets.build("hot"))
+    there = targets.copy(targets.build("hot", "-static"))
+    for name in ("up", "work", "merged"):
+        (tmp_path / name).mkdir()
+    script = PLACES[place].format(here=here, there=there, there_dir=there.parent, dir=tmp_path)
+    with Child(["unshare", "-m", "sh", "-c", script]) as child, Child([here, "1"]) as other, untouched(other.pid):
+        pid = _below(child.pid) if place == "pids" else child.pid
+        with untouched_memory(pid):
+            (plan,) = Resolver("h", "h", {os.getpid()}, 0).resolve(parse_probe(f"hot:target_hot @ pid={pid}")).plans
+            probe = host.register(plan)
+            assert {(t.pid, t.state) for t in probe.targets} == {(pid, "armed")}
+            child.ask("call 10")
+            other.ask("call 10")
+            assert probe.hits == child.count()["done"] == 10
+            probe.unregister()
+            host.engine.close()
+        child.ask("call 10")
+
+
+def test_a_program_in_memory_alone(host: Host, targets: Targets) -> None:
+    code = (
+        "import os, sys\nfd = os.memfd_create('hot')\nos.write(fd, open(sys.argv[1], 'rb').read())\n"
+        "os.execve(fd, ['hot', '1'], os.environ)"
+    )
+    with Child([sys.executable, "-c", code, targets.build("hot")]) as child:
+        (plan,) = Resolver("h", "h", {os.getpid()}, 0).resolve(parse_probe(f"*:target_hot @ pid={child.pid}")).plans
+        probe = host.register(plan)
+        child.ask("call 10")
+        assert probe.hits == 10
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_program_that_was_deleted_and_its_inode_number(host: Host, targets: Targets, how: str) -> None:
+    """The number is kept from being given to another file for as long as a probe is on it (semantics R9)."""
+    program = targets.copy(targets.build("hot"))
+    plan = host.files.plan(program, "target_hot")
+    with Child([program, "1"]) as child:
+        program.unlink()
+        if how == "replaced":
+            shutil.copy2(targets.build("hot"), program)
+        probe = host.register(plan, comm="hot")
+        child.ask("call 5")
+        assert probe.hits == 5
+        child.ask("quit")
+        child.wait()
+    for i in range(50):
+        successor = program.with_name(f"successor{i}")
+        shutil.copy2(targets.build("hot"), successor)
+        assert host.files.plan(successor, "target_hot").file != plan.file
+    with Child([program.with_name("successor0"), "1"]) as other:
+        host.reconcile(other.pid)
+        other.ask("call 5")
+    assert probe.hits == 5
+
+
+# --- confined and stopped processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["strict", "filter", "undumpable", "no-privileges"])
+@pytest.mark.parametrize("before", [True, False])
+def test_confined_processes(host: Host, targets: Targets, how: str, before: bool) -> None:
+    """Nothing is asked of them that they may not do."""
+    program = targets.build("odd")
+    with targets.run("odd") as child:
+        with untouched_memory(child.pid):
+            if before:
+                child.ask(how)
+            probe = host.register(host.files.plan(program, "target_odd"), pid=child.pid)
+            if not before:
+                child.ask("call 1")
+                child.ask(how)
+            child.ask("call 10")
+            assert probe.hits == child.count()["calls"]
+            probe.unregister()
+            host.engine.close()
+        child.ask("call 10")
+        assert child.count()["wrong"] == 0
+
+
+def _state(pid: int, tid: int | None = None) -> str:
+    return procfs.stat_fields(pid, tid)[0].decode()
+
+
+def _wait_until_stopped(child: Child, states: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (now := {_state(child.pid, t) for t in procfs.tasks(child.pid)}) <= set(states):
+        assert now != {"Z"}, child.obituary()
+        assert time.monotonic() < deadline, now
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_stopped_processes_are_armed_and_left_stopped(host: Host, targets: Targets, running: bool) -> None:
+    """Running ones are caught anywhere: in a slot, and on a breakpoint whose SIGTRAP comes behind the stop."""
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "3") as child:
+
+        def stop() -> None:
+            os.kill(child.pid, signal.SIGSTOP)  # not Popen's way: that waits too, and would steal our tracees' stops
+            _wait_until_stopped(child, "Tt")
+
+        if running:
+            child.ask("start")
+        for cycle in range(20 if running else 3):
+            stop()
+            probe = host.register(plan, probe=f"p{cycle}", pid=child.pid)
+            assert probe.states() == {"armed": 1}
+            assert _state(child.pid) in "Tt"
+            os.kill(child.pid, signal.SIGCONT)
+            first = child.count()
+            child.ask("call 5")
+            last = child.count()
+            assert last["done"] - first["begun"] <= probe.hits
+            stop()
+            with untouched(child.pid):
+                probe.unregister()
+                host.engine.close()
+            _wait_until_stopped(child, "T")  # a thread that its tracer leaves goes back there by itself
+            if not running:
+                assert probe.hits == 5
+            os.kill(child.pid, signal.SIGCONT)
+        child.ask("call 5")
+        assert child.count()["wrong"] == 0
+
+
+def test_a_leader_that_ends_while_it_is_followed(host: Host, targets: Targets) -> None:
+    program = targets.build("odd")
+    with targets.run("odd", "leader-leaves") as child:
+        probe = host.register(host.files.plan(program, "target_odd"), pid=child.pid)
+        child.ask("call 5")
+        child.ask("leave")
+        assert _state(child.pid) == "Z"
+        child.ask("call 5")
+        host.reconcile(child.pid)
+        child.ask("call 5")
+        assert probe.hits == 15
+        probe.unregister()
+        host.engine.close()
+        child.ask("call 5")
+        assert (probe.hits, child.count()["calls"]) == (15, 20)

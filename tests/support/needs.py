@@ -93,6 +93,11 @@ def musl() -> str:
     return _runs("musl-gcc", "--version")
 
 
+@_need("mounts", "run the tests as root, outside of a container")
+def mounts() -> str:
+    return _runs("unshare", "-m", "mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr:/etc", "/mnt")
+
+
 @_need("gdb", "apt-get install gdb")
 def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")

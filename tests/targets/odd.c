@@ -2,6 +2,7 @@
  *
  *   odd                the main thread obeys
  *   odd no-leader      another thread obeys, when the main thread has ended
+ *   odd leader-leaves  another thread obeys; the main thread ends at `leave`
  *   call N             N calls of target_odd
  *   fault N            N calls of target_fault, whose first instruction faults; the handler jumps away
  *   undumpable         the process may be looked at by root alone from now on
@@ -29,6 +30,8 @@
 
 static counter calls, faults, wrong;
 static sigjmp_buf before;
+static _Atomic int leaving;
+static pthread_t leader_thread;
 
 PROBED long target_odd(long i, const char *s)
 {
@@ -117,6 +120,10 @@ static void *obey(void *leader)
 		} else if (!strcmp(line, "undumpable")) {
 			prctl(PR_SET_DUMPABLE, 0);
 			say("undumpable");
+		} else if (!strcmp(line, "leave")) {
+			leaving = 1;
+			pthread_join(leader_thread, NULL);
+			say("left");
 		} else if (!strcmp(line, "strict")) {
 			if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
 				die("seccomp");
@@ -169,6 +176,14 @@ int main(int argc, char **argv)
 	if (argc > 1 && !strcmp(argv[1], "no-leader")) {
 		if ((errno = pthread_create(&worker, NULL, obey, &self)))
 			die("pthread_create");
+		pthread_exit(NULL);
+	}
+	if (argc > 1 && !strcmp(argv[1], "leader-leaves")) {
+		leader_thread = self;
+		if ((errno = pthread_create(&worker, NULL, obey, NULL)))
+			die("pthread_create");
+		while (!leaving)
+			usleep(1000);
 		pthread_exit(NULL);
 	}
 	obey(NULL);
