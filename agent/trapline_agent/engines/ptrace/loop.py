@@ -497,8 +497,14 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False) -> None:
+    def attach(self, pid: int, cause: str, *, held: bool = False, parent: int = 0) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
+
+        Args:
+            pid: the process.
+            cause: for the report.
+            held: it is a command of ours that has not begun.
+            parent: its parent, where that is followed here: what it has of its parent's breakpoints is ours.
 
         Raises:
             PermissionError: the kernel says no.
@@ -519,6 +525,9 @@ class TraceThread(threading.Thread):
         try:
             if not held:
                 self._group.settle_all(process)
+            if parent in self._group.processes and not process.memory.sites:
+                process.memory.inherit(self._group.processes[parent].memory)
+                cause = "fork" if process.memory.sites else cause
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
