@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,14 @@ import pytest
 
 from tests.engines.host import Host, untouched
 from tests.support import needs
-from tests.support.children import TIMEOUT_S, Child
+from tests.support.children import TIMEOUT_S, Child, fields, run
 from tests.support.targets import Targets
 from trapline.errors import Unsupported
 from trapline.spec import parse_probe
 from trapline_agent.kernel import procfs
 from trapline_agent.resolve import Resolver
 from trapline_agent.targets.maps import executable_mappings
+from trapline_agent.tracer.scan import scan
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
@@ -184,6 +186,7 @@ def test_a_page_that_is_unmapped_and_mapped_again(host: Host, targets: Targets) 
         host.reconcile(child.pid)
         child.ask("first 5")
         assert (probe.hits, child.count()["wrong"]) == (15, 0)
+        assert [t.may_have_missed for t in probe.targets] == [True], "7 calls were, and it says so"
         with untouched(child.pid):
             probe.unregister()
             host.engine.close()
@@ -417,3 +420,87 @@ def test_a_leader_that_ends_while_it_is_followed(host: Host, targets: Targets) -
         host.engine.close()
         child.ask("call 5")
         assert (probe.hits, child.count()["calls"]) == (15, 20)
+
+
+# --- children and images ----------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_asked_not_to_be_followed(host: Host, targets: Targets) -> None:
+    """CLONE_UNTRACED: the kernel tells of no such child, which has its parent's breakpoints. It is safe from the next look
+    at the host's processes on; see docs/architecture/odd-targets.md for what happens before."""
+    program = targets.build("odd")
+    with targets.run("odd") as child:
+        probe = host.register(host.files.plan(program, "target_odd"))
+        held = int(child.ask("hold 20").split()[-1])
+        assert procfs.tracer(held) == 0
+        scan(host.table, host.engine, "reconcile")
+        assert {(t.pid, t.state) for t in probe.targets} == {(child.pid, "armed"), (held, "armed")}
+        assert fields(child.ask("go")) == {"status": 0}
+        assert probe.hits == 20
+
+
+@pytest.fixture
+def readable(targets: Targets) -> Iterator[Path]:
+    """A directory that every user may read."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+def _setuid(targets: Targets, directory: Path) -> tuple[Path, Path]:
+    """Returns a program that execs others, and one that is root whoever execs it."""
+    program = Path(shutil.copy(targets.build("execs"), directory / "execs"))
+    privileged = Path(shutil.copy(targets.build("odd"), directory / "privileged"))
+    privileged.chmod(0o4755)
+    return program, privileged
+
+
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+@needs.root
+def test_a_setuid_program_keeps_its_privileges(host: Host, targets: Targets, readable: Path) -> None:
+    """The tracer has CAP_SYS_PTRACE: kernel, security/commoncap.c, cap_bprm_creds_from_file."""
+    program, privileged = _setuid(targets, readable)
+    with Child([*NOBODY, program]) as child:
+        plans = [host.files.plan(program, "target_execs"), host.files.plan(privileged, "target_odd", 1)]
+        probe = host.register(plans, pid=child.pid)
+        child.ask("call 5")
+        child.send(f"other {privileged}")
+        child.wait_for("ready")
+        assert fields(child.ask("ids")) == {"uid": 65534, "euid": 0}
+        child.ask("call 5")
+        assert probe.hits == 10
+
+
+_TRACER = """
+import sys
+from pathlib import Path
+from tests.engines.host import Host
+from tests.support.children import Child
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+host = Host(PtraceEngine)
+program, privileged, how = sys.argv[1:]
+print(host.engine.capabilities().reason)
+with Child([program]) as child:
+    host.register(host.files.plan(Path(program), "target_execs"), pid=child.pid)
+    if how == "left":
+        host.unregister()
+        host.engine.close()
+    child.send(f"other {privileged}")
+    child.wait_for("ready")
+    print(child.ask("ids"))
+    host.close()
+"""
+
+
+@needs.root
+@needs.unprivileged
+@pytest.mark.parametrize(("how", "euid"), [("followed", 65534), ("left", 0)])
+def test_a_setuid_program_under_an_ordinary_users_tracer(targets: Targets, readable: Path, how: str, euid: int) -> None:
+    """The kernel gives it no privileges, as under strace and gdb, and nobody can prevent that: it is said beforehand."""
+    program, privileged = _setuid(targets, readable)
+    result = run([*NOBODY, sys.executable, "-c", _TRACER, program, privileged, how])
+    restriction, ids = result.stdout.splitlines()
+    assert "setuid" in restriction
+    assert fields(ids) == {"uid": 65534, "euid": euid}, result.stderr
