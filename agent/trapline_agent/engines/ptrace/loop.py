@@ -580,7 +580,8 @@ class TraceThread(threading.Thread):
             same = (
                 request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset
             )
-            if same and request is not None and memory.stands(site):
+            # What a child has of its parent's was looked at just now.
+            if same and request is not None and (cause == "fork" or memory.stands(site)):
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
                 if cause == "fork":
