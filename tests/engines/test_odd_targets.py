@@ -375,7 +375,7 @@ def test_stopped_processes_are_armed_and_left_stopped(host: Host, targets: Targe
     """Running ones are caught anywhere: in a slot, and on a breakpoint whose SIGTRAP comes behind the stop."""
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")
-    with targets.run("hot", "3") as child:
+    with targets.run("hot", "6") as child:
 
         def stop() -> None:
             os.kill(child.pid, signal.SIGSTOP)  # not Popen's way: that waits too, and would steal our tracees' stops
@@ -383,7 +383,7 @@ def test_stopped_processes_are_armed_and_left_stopped(host: Host, targets: Targe
 
         if running:
             child.ask("start")
-        for cycle in range(20 if running else 3):
+        for cycle in range(60 if running else 3):
             stop()
             probe = host.register(plan, probe=f"p{cycle}", pid=child.pid)
             assert probe.states() == {"armed": 1}
