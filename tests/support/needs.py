@@ -88,6 +88,16 @@ def gcc() -> str:
     return _runs("gcc", "-xc", "-fsyntax-only", "-include", "stdio.h", "/dev/null")
 
 
+@_need("musl", "apt-get install musl-tools")
+def musl() -> str:
+    return _runs("musl-gcc", "--version")
+
+
+@_need("mounts", "run the tests as root, outside of a container")
+def mounts() -> str:
+    return _runs("unshare", "-m", "mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr:/etc", "/mnt")
+
+
 @_need("gdb", "apt-get install gdb")
 def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")

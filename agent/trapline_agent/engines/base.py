@@ -76,6 +76,8 @@ class Wanted:
     """True: go on following it though nothing is wanted yet (it was chosen by name, or is held)."""
     still_mapped: Callable[[int, SitePlan], bool] = lambda addr, plan: True
     """Whether the plan's instruction is (still) mapped at an address, by the same snapshot of the mappings."""
+    places: Callable[[SitePlan], Sequence[int]] = lambda plan: ()
+    """Where the plan's instruction is mapped, by the same snapshot."""
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from trapline.errors import Conflict
+from trapline.errors import Conflict, TraplineError
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
-from trapline_agent.targets import maps
+from trapline_agent.targets import maps, process
+from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
@@ -57,7 +58,9 @@ class Consumer:
     selector: Selector
     plans: dict[tuple[FileKey, int], SitePlan] = field(default_factory=dict)
     held: dict[FileKey, int] = field(default_factory=dict)
-    """O_PATH descriptors that keep the inodes from being used again (R9)."""
+    """Descriptors that keep the inodes from being used again (R9); -1 where none can be had."""
+    closed: bool = False
+    _holding: threading.Lock = field(default_factory=threading.Lock)
     sinks: dict[int, Sink] = field(default_factory=dict)
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
@@ -79,13 +82,31 @@ class Consumer:
             if plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
-                with contextlib.suppress(OSError):
-                    self.held[plan.file] = os.open(plan.path, os.O_PATH | os.O_CLOEXEC)
+                # Its path may be another file's here, or nobody's: then who maps it leads there.
+                self._keep(plan.file, _opened(plan.file, lambda path=plan.path: open_regular(path)))  # type: ignore[misc]
+
+    def hold(self, pid: int, mapping: FileMapping) -> None:
+        """Keeps the inode of a mapped file. Any thread."""
+        fd = _opened(mapping.file, lambda: open_mapped(pid, mapping))
+        self._keep(mapping.file, fd)
+        with self._holding:
+            self.held.setdefault(mapping.file, -1)
+
+    def _keep(self, file: FileKey, fd: int) -> None:
+        with self._holding:
+            if fd >= 0 and not self.closed and file not in self.held:
+                self.held[file] = fd
+                return
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
-        for fd in self.held.values():
-            os.close(fd)
-        self.held.clear()
+        with self._holding:
+            self.closed = True
+            held, self.held = self.held, {}
+        for fd in held.values():
+            if fd >= 0:
+                os.close(fd)
 
 
 class _Parents(dict[int, int]):
@@ -288,12 +309,17 @@ class Table:
         def still_mapped(addr: int, plan: SitePlan) -> bool:
             return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
 
+        def places(plan: SitePlan) -> list[int]:
+            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+
         sites: dict[int, SiteRequest] = {}
         for mapping in mappings if matching else ():
             for plan, consumer in now.by_file.get(mapping.file, ()):
                 addr = mapping.addr(plan.offset)
                 if addr is None or consumer not in matching:
                     continue
+                if plan.file not in consumer.held:
+                    consumer.hold(identity.pid, mapping)
                 sink = consumer.sinks[plan.site]
                 known = sites.get(addr)
                 sites[addr] = (
@@ -312,7 +338,7 @@ class Table:
                 hook = _request(addr, loader, mapping, mappings, ())
                 if addr not in sites:
                     sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
-        return Wanted(list(sites.values()), keep, still_mapped)
+        return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -423,10 +449,32 @@ def _request(
             if other.file != plan.file or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
-            if at is not None and at + plan.slack_len <= other.end:
+            # A file may be mapped twice: a slot is only of use near its site.
+            if at is None or at + plan.slack_len > other.end:
+                continue
+            if not slack_addr or abs(at - addr) < abs(slack_addr - addr):
                 slack_addr = at
-                break
     return SiteRequest(addr, plan, sinks, slack_addr=slack_addr, refusal=refusal)
+
+
+def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:
+    """Returns the sites, refused in a process that runs 32-bit code: 64-bit code that it maps is data to it."""
+    if not any(r.addr < 1 << 32 for r in sites) or not process.is_32_bit(pid):
+        return sites
+    return [replace(r, refusal=process.thirty_two_bit(pid)) for r in sites]
+
+
+def _opened(file: FileKey, opener: Callable[[], int]) -> int:
+    """Returns the descriptor that the opener gives, if it is of that very file; else -1."""
+    try:
+        fd = opener()
+    except (TraplineError, OSError):
+        return -1
+    with contextlib.suppress(TraplineError):
+        if file_key_of(fd, str(file)) == file:
+            return fd
+    os.close(fd)
+    return -1
 
 
 def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:

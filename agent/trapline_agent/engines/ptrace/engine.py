@@ -78,7 +78,9 @@ class PtraceEngine:
                     self._unmap(process.pid, thread)
                     continue
                 wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
-                if not wanted.sites and not wanted.keep:
+                if not wanted.keep and all(r.refusal for r in wanted.sites if not r.is_hook):
+                    # Also where nothing is wanted at all. What will be refused needs no attaching.
+                    self._refuse_each(process, wanted, cause)
                     return
                 with self.attaching.alone(process.pid):
                     with self._lock:
@@ -121,9 +123,10 @@ class PtraceEngine:
                 if sharer is not None:
                     sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
                     return
-        thread = self._start()
         try:
-            thread.call(lambda: thread.attach(process.pid, cause))
+            if not self._attach_beside_parent(process, cause):
+                thread = self._start()
+                thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
             reason, message = _why_not(process.pid, e, thread.native_id or 0)
             if reason:
@@ -132,6 +135,20 @@ class PtraceEngine:
             raise
         except OSError as e:
             self._refuse(process, wanted, cause, "AttachFailed", str(e))
+
+    def _attach_beside_parent(self, process: ProcessId, cause: str) -> bool:
+        """Attaches to a child of a followed process on the thread that follows that: it may have been made with
+        CLONE_UNTRACED, and then has its parent's breakpoints. Returns whether there was such a thread."""
+        parent = int(procfs.stat_fields(process.pid)[1])
+        with self._lock:
+            thread = self._threads.get(parent)
+        if thread is None:
+            return False
+        try:
+            thread.call(lambda: thread.attach(process.pid, cause, parent=parent))
+        except Ended:
+            return False
+        return True
 
     def _start(self) -> TraceThread:
         """Starts a tracer thread, when those that are ending have let all their tracees go: one of them half let go would
@@ -151,6 +168,14 @@ class PtraceEngine:
     def _refuse(self, process: ProcessId, wanted: Wanted, cause: str, reason: str, message: str) -> None:
         reports = [SiteReport(r.addr, r.plan, "refused", reason, message) for r in wanted.sites if not r.is_hook]
         self.observer.report(process, reports, cause)
+
+    def _refuse_each(self, process: ProcessId, wanted: Wanted, cause: str) -> None:
+        """Reports the refusals that the observer knows of already."""
+        reports = [
+            SiteReport(r.addr, r.plan, "refused", *r.refusal) for r in wanted.sites if r.refusal and not r.is_hook
+        ]
+        if reports:
+            self.observer.report(process, reports, cause)
 
     def processes(self) -> list[ProcessId]:
         with self._lock:
@@ -328,6 +353,8 @@ def _restriction() -> str:
         scope = procfs.read("/proc/sys/kernel/yama/ptrace_scope").strip()
     except OSError:
         scope = b"0"
+    which = "not root: only processes of the same user"
     if scope != b"0":
-        return "not root, and Yama restricts tracing: only commands that it starts itself"
-    return "not root: only processes of the same user"
+        which = "not root, and Yama restricts tracing: only commands that it starts itself"
+    # Kernel: security/commoncap.c, cap_bprm_creds_from_file. It cannot be prevented: the exec stop comes afterwards.
+    return f"{which}; setuid programs that these execute get no privileges meanwhile"

@@ -26,7 +26,7 @@ from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
-from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
@@ -44,6 +44,7 @@ _STANDING = frozenset(("fork", "exec"))
 """Causes for which the process, of one thread, is stopped while it is looked at: its mappings stay as they are."""
 _TRIES = 3
 """How often something is tried that fails for want of memory, descriptors and the like."""
+_MAX_FOREIGN = 1024
 
 
 class Ended(Exception):
@@ -351,25 +352,25 @@ class TraceThread(threading.Thread):
         thread.settled = True
         former = memory.former.get(addr) if code == ptrace.SI_KERNEL else None
         if (former is not None and memory.restored(former)) or (
-            code == ptrace.SI_KERNEL and self._follow_move(thread.process, addr)
+            code == ptrace.SI_KERNEL and self._came_along(thread.process, addr)
         ):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
         self._deliver(thread, signal.SIGTRAP)
 
-    def _follow_move(self, process: TracedProcess, addr: int) -> bool:
-        """Whether a breakpoint of ours came to an address with its code (mremap), of which nobody told. It is armed there
-        then, and nowhere else."""
-        moved = [s for s in process.memory.sites.values() if process.memory.has(addr, s.armed)]
-        if not moved:
+    def _came_along(self, process: TracedProcess, addr: int) -> bool:
+        """Whether an unknown breakpoint is one of ours that moved with its code (mremap, which nobody tells of)."""
+        memory = process.memory
+        if addr in memory.foreign or not memory.has_breakpoint(addr):
             return False
-        now = procfs.tried(lambda: self._observer.wanted(process.id, "mmap"))
-        site = next((s for s in moved if now.still_mapped(addr, s.plan)), None)
-        if site is None or not process.memory.put(addr, site.original):
-            return False
-        self._reconcile(process, "mmap")
-        return True
+        self._reconcile(next(iter(self._group.sharers(memory)), process), "reconcile")
+        if addr in memory.sites or addr in memory.former:
+            return True
+        if len(memory.foreign) >= _MAX_FOREIGN:
+            memory.foreign.clear()
+        memory.foreign.add(addr)
+        return False
 
     def _follow_cpu(self, thread: Thread) -> None:
         """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
@@ -395,9 +396,16 @@ class TraceThread(threading.Thread):
             thread.settled = True
             self._deliver(thread, stop)
         elif event == ptrace.PTRACE_EVENT_STOP:
-            thread.settled = True
             thread.interrupted = False
+            if self._stepper.owes_trap(thread):
+                # That first: nobody would take it from a thread that is let go. It runs nothing until then.
+                thread.stop_again = stop in _GROUP_STOPS
+                ptrace.cont(tid)
+                return
+            thread.settled = True
             if stop in _GROUP_STOPS:
+                # It may be let go in this stop, and the slots with it.
+                thread.settled = self._stepper.step_aside(thread)
                 if thread.process.released:
                     self._detach(thread, 0)
                 else:
@@ -531,8 +539,11 @@ class TraceThread(threading.Thread):
     def _resume(self, thread: Thread, sig: int = 0) -> None:
         if thread.process.released:
             self._detach(thread, sig)
-        else:
-            ptrace.cont(thread.tid, sig)
+            return
+        if thread.stop_again:
+            thread.stop_again = False
+            ptrace.interrupt(thread.tid)
+        ptrace.cont(thread.tid, sig)
 
     def _detach(self, thread: Thread, sig: int) -> None:
         ptrace.detach(thread.tid, sig)
@@ -551,8 +562,14 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False) -> None:
+    def attach(self, pid: int, cause: str, *, held: bool = False, parent: int = 0) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
+
+        Args:
+            pid: the process.
+            cause: for the report.
+            held: it is a command of ours that has not begun.
+            parent: its parent, where that is followed here: what it has of its parent's breakpoints is ours.
 
         Raises:
             PermissionError: the kernel says no.
@@ -574,6 +591,9 @@ class TraceThread(threading.Thread):
         try:
             if not held:
                 self._group.settle_all(process)
+            if parent in self._group.processes and not process.memory.sites:
+                process.memory.inherit(self._group.processes[parent].memory)
+                cause = "fork" if process.memory.sites else cause
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
@@ -624,15 +644,17 @@ class TraceThread(threading.Thread):
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
+
+        def moved(site: Site) -> bool:
+            return not wanted.still_mapped(site.addr, site.plan)
+
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
-            if (
-                request is not None
-                and request.plan.file == site.plan.file
-                and request.plan.offset == site.plan.offset
-                # Not where the file was unmapped and mapped again at the same address, of which nobody told.
-                and memory.has_breakpoint(site.addr)
-            ):
+            same = (
+                request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset
+            )
+            # What a child has of its parent's was looked at just now.
+            if same and request is not None and (cause == "fork" or memory.stands(site)):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
                 joined = site.sinks != request.sinks
                 site.sinks = request.sinks
@@ -641,10 +663,13 @@ class TraceThread(threading.Thread):
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
             self._group.soil(memory)
-            if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):
+            if not memory.disarm(site, mapped=not moved(site)):
                 log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
                 self._engine.again(process.id.pid)
                 continue
+            for addr in wanted.places(site.plan) if moved(site) else ():
+                if addr not in memory.sites:
+                    memory.take_back(site.plan, addr, moved)
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -653,6 +678,8 @@ class TraceThread(threading.Thread):
             try:
                 if objection is not None:
                     raise objection
+                if memory.has_breakpoint(request.addr):
+                    memory.take_back(request.plan, request.addr, moved)
                 memory.arm(request)
                 self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))

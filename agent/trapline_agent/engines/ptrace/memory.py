@@ -63,6 +63,8 @@ class AddressSpace:
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.foreign: set[int] = set()
+        """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -143,7 +145,7 @@ class AddressSpace:
                 site.sinks = ()
                 return False
             self.written.append((site.addr, site.original, site))
-        elif site.slot and not self._keeps_slot(site.slot):
+        if site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
         self.former[site.addr] = site
@@ -184,6 +186,26 @@ class AddressSpace:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
         return self.has(addr, BREAKPOINT)
 
+    def stands(self, site: Site) -> bool:
+        """Whether a site is as it was armed: mapped anew, its file is there again without our bytes."""
+        return self.has_breakpoint(site.addr) and (not site.slot or self._keeps_slot(site.slot))
+
+    def take_back(self, plan: SitePlan, addr: int, moved: Callable[[Site], bool]) -> bool:
+        """Takes out a breakpoint of ours that came to an address with the memory it was written to (mremap).
+
+        Args:
+            plan: of the instruction that is mapped there.
+            addr: where it is now; no site of ours.
+            moved: whether a site's own address has the instruction no more.
+        """
+        for site in (*self.sites.values(), *self.former.values()):
+            same = site.plan.file == plan.file and site.plan.offset == plan.offset and site.addr != addr
+            if same and self.has(addr, site.armed) and moved(site) and self.put(addr, site.original):
+                # A thread may have hit it there already.
+                self.former[addr] = Site(addr, site.plan, site.step, (), site.is_hook)
+                return True
+        return False
+
     def restored(self, site: Site) -> bool:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
         if not self.has_breakpoint(site.addr):
@@ -210,9 +232,8 @@ class AddressSpace:
         The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
         """
         for site in (*parent.former.values(), *parent.sites.values()):
-            if self.has_breakpoint(site.addr):
-                copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
-                self.sites[site.addr] = copy
+            copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
+            (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
@@ -237,7 +258,7 @@ class AddressSpace:
 
     def _place(self, site: Site, slack_addr: int) -> int:
         """Writes the displaced copy into the module's unused bytes; returns its address, 0 where there is no room."""
-        for addr, (owner, _) in self.slots.items():
+        for addr, (owner, _) in list(self.slots.items()):
             if owner.addr == site.addr and owner.plan == site.plan:
                 if self._keeps_slot(addr):
                     return addr

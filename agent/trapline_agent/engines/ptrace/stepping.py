@@ -104,6 +104,40 @@ class Stepper:
                 self._send(thread, sig)
         return status
 
+    def owes_trap(self, thread: Thread) -> bool:
+        """Whether a thread in an event stop has run into a breakpoint of ours and not told of it yet: a group-stop and an
+        interrupt come before the SIGTRAP that is pending (kernel/signal.c, get_signal)."""
+        memory = thread.process.memory
+        if not memory.sites and not memory.former:
+            return False
+        self._registers.load(thread.tid)
+        addr = self._words[RIP] - 1
+        if addr not in memory.sites and addr not in memory.former:
+            return False
+        return bool(int(procfs.status(thread.tid, "SigPnd")["SigPnd"], 16) & TRAP_BIT)
+
+    def step_aside(self, thread: Thread) -> bool:
+        """Does as ``leave_slot`` in a group-stop, from which a thread must not run on: it is as if it stood before the
+        instruction, which is not counted again, or after it.
+
+        Returns:
+            False where it stands in the middle of a sequence and has to stay in the slot.
+        """
+        if not thread.process.memory.slots:
+            return True
+        self._registers.load(thread.tid)
+        inside = thread.process.memory.slot_at(self._words[RIP])
+        if inside is None:
+            return True
+        addr, site, slot = inside
+        original = slot.starts.get(self._words[RIP] - addr)
+        if original is None:
+            return False
+        self._put_back(thread, original)
+        if original[0] == site.addr:
+            thread.uncounted = state_of(self._words)
+        return True
+
     def _put_back(self, thread: Thread, original: tuple[int, int]) -> None:
         self._words[RIP] = original[0]
         self._words[RSP] += original[1]

@@ -18,6 +18,8 @@ class Thread:
     """It was seen outside of fork and clone since this was last asked."""
     interrupted: bool = False
     """PTRACE_INTERRUPT was sent, its stop has not come yet."""
+    stop_again: bool = False
+    """It left a group-stop to tell of a breakpoint, and goes back there before it runs."""
     held: bool = False
     """Stopped by us and not to be let go yet."""
     uncounted: list[int] | None = None
