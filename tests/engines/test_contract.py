@@ -121,6 +121,7 @@ def test_consumers_share_a_site(host: Host, targets: Targets) -> None:
     with targets.run("hot", "1") as child:
         probes = [host.register(plan, probe=f"p{i}", pid=child.pid) for i in range(3)]
         armed = altered_bytes(child.pid, [program])
+        assert [p.states() for p in probes] == [{"armed": 1}] * 3
         child.ask("call 7")
         for probe in probes[:-1]:
             probe.unregister()

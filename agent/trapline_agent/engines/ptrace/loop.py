@@ -537,9 +537,10 @@ class TraceThread(threading.Thread):
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
             if request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset:
+                joined = site.sinks != request.sinks
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
-                if cause == "fork":
+                if joined or cause == "fork":
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
             memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan))
