@@ -62,6 +62,7 @@ class Guard:
     def look(self) -> None:
         """Looks at what was spent since the last time, and makes what the breaker says so."""
         now, cpu = self._clock(), self._cpu_s()
+        self._next = now + LOOK_S  # if this look fails
         for process in self._table.meters.take_ended():
             self._breaker.forget(process)
         verdicts = self._breaker.step(

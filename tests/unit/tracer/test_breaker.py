@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trapline_agent.engines.base import ProcessId
+from trapline_agent.engines.ring import HitRing
 from trapline_agent.plans import FileKey
 from trapline_agent.tracer.breaker import (
     FIRST_COOL_DOWN_S,
@@ -24,7 +26,9 @@ from trapline_agent.tracer.breaker import (
     Verdicts,
 )
 from trapline_agent.tracer.coverage import Coverage
-from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets
+from trapline_agent.tracer.guard import Guard
+from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets, Register
+from trapline_agent.tracer.table import Table
 
 DT = 0.1
 FILE = FileKey("fd:01", 1)
@@ -246,6 +250,26 @@ def test_verdicts_of_several_budgets_are_the_graver_of_them() -> None:
     assert verdicts.without("p").of(a, "p") == verdicts.common.get(a)
     assert verdicts.differ(Verdicts()) == {a.process}
     assert verdicts.differ(verdicts) == set()
+
+
+class _Nothing:
+    """An engine that has nothing to do."""
+
+    def reconcile(self, process: ProcessId, cause: str) -> None:
+        raise AssertionError(f"{process} is nobody's")
+
+
+def test_a_look_that_fails_is_not_repeated_at_once() -> None:
+    table = Table()
+    table.publish(Register(id=1, probe="p", generation=1, sites=[], plans=[]), HitRing)
+    guard = Guard(table, _Nothing(), clock=lambda: 50.0, cpu_s=lambda: 0.0)  # type: ignore[arg-type]
+    assert guard.due <= 50.0
+    table.meters.take = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        guard.look()
+    assert guard.due > 50.0
+    table.withdraw("p")
+    assert guard.due == math.inf
 
 
 # --- how long a target was out ----------------------------------------------------------------------------------------
