@@ -197,6 +197,45 @@ def test_a_process_that_ends_while_it_is_out_is_gone(host: Host, targets: Target
         assert host.table.uncovered_ms(probe._consumer) == before
 
 
+@pytest.mark.parametrize("kind", ["fork", "vfork", "spawn"])
+def test_children_of_what_is_left_out_are_counted(host: Host, targets: Targets, kind: str) -> None:
+    program = targets.build("forks")
+    with targets.run("forks") as child, untouched(child.pid):
+        probe = host.register(host.files.plan(program, "target_forks"), tree=child.pid)
+        watch = Watch(host)
+        child.ask(MUCH)
+        watch.look()
+        assert (state(probe), is_in(child, program)) == ("throttled", False)
+        for calls in (3, 5):
+            before = probe.hits
+            child.ask(f"{kind} {calls}")
+            # A vfork's child runs in its parent's memory, where the breakpoint is out.
+            assert probe.hits - before == (0 if kind == "vfork" else calls)
+        watch.until(lambda: is_in(child, program))
+        child.ask(f"{kind} 7")
+        assert probe.hits - before == (7 if kind == "vfork" else 5 + 7)
+        probe.unregister()
+        host.engine.close()
+
+
+def test_another_image_begins_anew(host: Host, targets: Targets) -> None:
+    program = targets.build("execs")
+    with targets.run("execs") as child, untouched(child.pid):
+        probe = host.register(host.files.plan(program, "target_execs"), pid=child.pid)
+        watch = Watch(host)
+        child.ask(MUCH)
+        watch.look()
+        assert state(probe) == "throttled"
+        child.ask("exec")
+        assert probe.states() in ({"gone": 1, "armed": 1}, {"armed": 1})
+        child.ask("call 4")
+        assert probe.hits == 2004
+        watch.look(100.0)
+        assert [t.state for t in probe.targets if t.state != "gone"] == ["armed"]
+        probe.unregister()
+        host.engine.close()
+
+
 def test_without_budgets_everything_is_counted(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child:
