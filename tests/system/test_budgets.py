@@ -13,7 +13,9 @@ from trapline.model import Phase, Probe, TargetState
 
 pytestmark = [needs.ptrace_any, needs.x86_64]
 
-BUDGETS = {"TRAPLINE_AGENT_OVERHEAD_PROBE": "0.1", "TRAPLINE_AGENT_OVERHEAD_BURST_S": "0.2"}
+BUDGETS = {"TRAPLINE_AGENT_OVERHEAD_PROBE": "0.02", "TRAPLINE_AGENT_OVERHEAD_BURST_S": "0.2"}
+
+"""So little that a hot loop is beyond it on a machine with much other work too, where it hardly gets to run."""
 
 
 def is_over(probe: Probe) -> bool:
