@@ -25,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -207,14 +207,14 @@ def _delete(probe: str, wait: bool, timeout: float) -> Exchange[Probe]:
 
 
 def _body(
-    text: str, name: str, ttl_s: int | None, labels: Mapping[str, str], max_hits: int | None, offline: bool
+    text: str, name: str, ttl_s: int | None, labels: Mapping[str, str], limits: ProbeLimits, offline: bool
 ) -> ProbeCreate:
     return ProbeCreate(
         probe=text,
         name=name,
         ttl_s=ttl_s,
         labels=dict(labels),
-        limits=ProbeLimits(max_hits=max_hits),
+        limits=limits,
         allow_offline=offline,
     )
 
@@ -407,10 +407,12 @@ class Client(_Base):
         ttl_s: int | None = 3600,
         labels: Mapping[str, str] | None = None,
         max_hits: int | None = None,
+        overhead: float | Literal["off"] | None = None,
         allow_offline: bool = False,
     ) -> Probe:
         """Creates a probe. It is armed moments later: see ``wait``."""
-        return self._run(_create("/probes", _body(probe, name, ttl_s, labels or {}, max_hits, allow_offline), Probe))
+        limits = ProbeLimits(max_hits=max_hits, overhead=overhead)
+        return self._run(_create("/probes", _body(probe, name, ttl_s, labels or {}, limits, allow_offline), Probe))
 
     def probes(self) -> list[Probe]:
         return self._run(_all(Probe, "/probes"))
@@ -533,10 +535,12 @@ class AsyncClient(_Base):
         ttl_s: int | None = 3600,
         labels: Mapping[str, str] | None = None,
         max_hits: int | None = None,
+        overhead: float | Literal["off"] | None = None,
         allow_offline: bool = False,
     ) -> Probe:
+        limits = ProbeLimits(max_hits=max_hits, overhead=overhead)
         return await self._run(
-            _create("/probes", _body(probe, name, ttl_s, labels or {}, max_hits, allow_offline), Probe)
+            _create("/probes", _body(probe, name, ttl_s, labels or {}, limits, allow_offline), Probe)
         )
 
     async def probes(self) -> list[Probe]:

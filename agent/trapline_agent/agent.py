@@ -98,6 +98,7 @@ class Agent:
             log_file=settings.tracer_log,
             lease_s=settings.lease_s,
             self_pids=self._self_pids,
+            budgets=settings.budgets,
         )
         self._processes: dict[str, Process] = {}
         self._told: dict[str, Process] | None = None

@@ -108,7 +108,13 @@ class ProbeRun:
         now = self.stats
         if now is None:
             return Counters()
-        return Counters(hits=now.hits, filtered=now.filtered, limited=now.limited, dropped=sum(now.drops.values()))
+        return Counters(
+            hits=now.hits,
+            filtered=now.filtered,
+            limited=now.limited,
+            uncovered_ms=now.uncovered_ms,
+            dropped=sum(now.drops.values()),
+        )
 
     def tracer_lost(self) -> None:
         """The tracer ended, or took everything out: its targets are gone, and its counters will begin at zero again."""
@@ -137,6 +143,8 @@ class ProbeRun:
                 may_have_missed=s.may_have_missed,
                 reason=s.reason,
                 message=s.message,
+                covered=s.covered,
+                uncovered_ms=s.uncovered_ms,
             )
         gone = [key for key, target in self.targets.items() if target.state is TargetState.GONE]
         for key in gone[:-_KEEP_GONE]:
@@ -365,6 +373,7 @@ class Reconciler:
                 fetches=run.registered.fetches,
                 where=run.registered.where,
                 max_hits=max_hits,
+                overhead=0.0 if desired.limits.overhead == "off" else desired.limits.overhead,
             )
         except TraplineError as e:
             return e

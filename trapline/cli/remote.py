@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trapline.cli.console import Json, Token, Url, microseconds, note, out, print_json, print_table, progress
+from trapline.cli.console import (
+    Json,
+    Overhead,
+    Token,
+    Url,
+    microseconds,
+    note,
+    out,
+    print_json,
+    print_table,
+    progress,
+    read_budget,
+    uncovered,
+)
 from trapline.cli.rows import format_hit, plain
 from trapline.client import Client, Gap
 from trapline.errors import NotFound
@@ -26,6 +39,7 @@ def add(
     name: Annotated[str, typer.Option(help="Its name [default: the symbol].", show_default=False)] = "",
     ttl: Annotated[float, typer.Option(help="Minutes until it expires; 0 keeps it until it is removed.")] = 60.0,
     max_hits: Annotated[int | None, typer.Option("-n", "--max-hits", min=1, help="Take it out after so many.")] = None,
+    overhead: Overhead = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be given several times.")] = None,
     allow_offline: Annotated[bool, typer.Option(help="Accept it though no host for it is online.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is armed.")] = False,
@@ -35,6 +49,7 @@ def add(
 ) -> None:
     """Create a probe, and wait until it is armed."""
     labels = dict(_pair(item) for item in label or [])
+    budget = read_budget(overhead)
     with Client(url, token) as client:
         with progress("resolving"):
             probe = client.create_probe(
@@ -43,6 +58,7 @@ def add(
                 ttl_s=round(ttl * 60) or None,
                 labels=labels,
                 max_hits=max_hits,
+                overhead=budget,
                 allow_offline=allow_offline,
             )
         if not no_wait and not allow_offline:
@@ -93,7 +109,11 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         ("probe", found.spec.text),
         ("phase", status.phase.value),
         ("armed", f"{status.coverage.armed} of {status.coverage.eligible} processes"),
-        ("hits", f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)})"),
+        (
+            "hits",
+            f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)}"
+            f"{uncovered(counters.uncovered_ms)})",
+        ),
         ("overhead", f"{microseconds(status.overhead_ns)} a hit"),
         ("created", f"{_time(found.created_at)}{f' by {found.created_by}' if found.created_by else ''}"),
         ("expires", _time(found.expires_at)),
@@ -303,7 +323,7 @@ def _print_targets(targets: list[Target], names: dict[str, str]) -> None:
             names.get(t.host, t.host),
             str(t.pid),
             plain(t.comm),
-            t.state.value,
+            t.state.value if t.covered == 1 else f"{t.state.value} ({t.covered:.0%} seen)",
             f"{t.module}+{t.offset:#x}",
             f"{t.addr:#x}" if t.addr else "-",
             t.cause.value + (" (may have missed)" if t.may_have_missed else ""),

@@ -52,6 +52,15 @@ class Sink(Protocol):
         """
 
 
+@dataclass(eq=False, slots=True)
+class Tally:
+    """What one site of one process has cost: the overhead breaker goes by it. It outlives the breakpoint, which may be taken
+    out and put back meanwhile."""
+
+    traps: int = 0
+    """Only ever counts up, by the one thread that serves the process; other threads may read it at any time."""
+
+
 @dataclass(frozen=True)
 class SiteRequest:
     """One instruction that is wanted in one process."""
@@ -63,6 +72,8 @@ class SiteRequest:
     """The engine's own look-out (the loader's ``_dl_debug_state``): each hit there reconciles the process."""
     slack_addr: int = 0
     """Where the plan's slack is mapped executable in this process; 0 where it is not."""
+    tally: Tally = field(default_factory=Tally)
+    """Where the engine counts its traps, whoever records them."""
     refusal: tuple[str, str] | None = None
     """(reason, message) where this mapping may not be armed: writable or shared."""
 

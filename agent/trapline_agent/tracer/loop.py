@@ -31,6 +31,7 @@ from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
+from trapline_agent.tracer.guard import Guard
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.looks import Looks
@@ -82,6 +83,7 @@ class Tracer:
         self._table.self_pids = frozenset((os.getpid(),))
         self._engine = PtraceEngine(self._table)
         self._table.on_exit = self._process_ended
+        self._guard = Guard(self._table, self._look_at)
         self._capabilities = self._engine.capabilities()
         self._looks = Looks(self._engine)
         self._looking: set[object] = set()
@@ -127,7 +129,7 @@ class Tracer:
         log.info("tracer ready on %s (%s)", self._path, self._source)
         try:
             while not self._done:
-                due = min((self._next_tick, self._lease_end, *self._mapped_due.values()))
+                due = min((self._next_tick, self._lease_end, self._guard.due, *self._mapped_due.values()))
                 timeout = 0.0 if self._news else max(0.0, due - time.monotonic())
                 for key, _ in self._selector.select(timeout):
                     self._safely(key.data)
@@ -138,6 +140,8 @@ class Tracer:
                 for pid in [p for p, at in self._mapped_due.items() if now >= at]:
                     del self._mapped_due[pid]
                     self._safely(self._reconcile_pid, pid, "mmap" + ASYNC)
+                if now >= self._guard.due:
+                    self._safely(self._guard.look)
                 if now >= self._next_tick:
                     self._next_tick = now + _TICK_S
                     self._safely(self._tick, now)
@@ -284,6 +288,7 @@ class Tracer:
 
     def _hello(self, hello: m.Hello) -> None:
         self._host = hello.host
+        self._guard.budgets = hello.budgets
         self._lease_s = hello.lease_s
         self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
         assert self._agent is not None
@@ -403,6 +408,9 @@ class Tracer:
             self._looking.add(key)
             self._look(find, cause, lambda error: self._looked(key, error))
 
+    def _look_at(self, process: ProcessId, done: Callable[[], None]) -> None:
+        self._look(lambda: [process], "reconcile", lambda error: done())
+
     def _looked(self, key: object, error: Exception | None) -> None:
         self._looking.discard(key)
         if error is not None:
@@ -457,6 +465,7 @@ class Tracer:
             probe=consumer.probe,
             hits=ring.hits,
             limited=ring.limited,
+            uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
             overhead_ns=ring.median_overhead_ns(),
         )
@@ -468,6 +477,7 @@ class Tracer:
     def _tick(self, now: float) -> None:
         if retry := self._engine.tick():
             self._look(lambda: retry, "reconcile")
+        self._table.measure()
         for consumer in self._table.consumers:
             stats = self._stats_of(consumer)
             if self._stats.get(consumer.probe) != stats:

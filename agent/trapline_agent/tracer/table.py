@@ -15,6 +15,7 @@ Invariants
    mapping that is refused is refused again wherever it comes back, and each target says so (R15).
 7. A target is what the engine said last about one site of one process to one consumer. It is never forgotten while its
    process lives and the consumer is there; what is not meant any more is ``gone``.
+8. What the overhead breaker leaves out is not wanted for now (S4), and its target says so; the process stays followed.
 
 Only the control thread publishes and withdraws, in the order of what it is told; so the table has one writer and needs no
 lock for each inode (R6). Everybody else asks and reports, from any thread.
@@ -23,6 +24,7 @@ lock for each inode (R6). Everybody else asks and reports, from any thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -40,11 +42,18 @@ from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
+from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
+from trapline_agent.tracer.coverage import Coverage
 from trapline_agent.tracer.messages import Register, TargetState
+from trapline_agent.tracer.meters import Meters
+
+log = logging.getLogger(__name__)
 
 ASYNC = "-async"
 """Suffix of a cause that came after the fact: calls may have run before the process was armed."""
 _MISSED = frozenset(("mmap" + ASYNC, "exec" + ASYNC, "reconcile"))
+_OVER_BUDGET = "OverBudget"
+_HELD = frozenset((State.THROTTLED.text, State.TRIPPED.text))
 _MAX_GONE = 1000
 """Targets of ended processes that a probe remembers."""
 
@@ -64,6 +73,7 @@ class Consumer:
     sinks: dict[int, Sink] = field(default_factory=dict)
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+    coverage: Coverage = field(default_factory=Coverage)
     source: str = field(default_factory=lambda: new_id("trc"))
     """What its hits are numbered in: a probe that is registered again begins at 0 again, in another source."""
 
@@ -147,6 +157,8 @@ class Table:
         """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
         self._lock = threading.Lock()
         self._on_change = on_change
+        self.meters = Meters()
+        self.verdicts = Verdicts()
         self.self_pids: frozenset[int] = frozenset()
         self.on_exit: Callable[[ProcessId, int | None], None] = lambda identity, status: None
 
@@ -203,6 +215,8 @@ class Table:
         """Takes a consumer away; its sites are wanted no more. Its ``close`` is due when they are out."""
         consumer = self._consumers.pop(probe, None)
         self._renew()
+        self.verdicts = self.verdicts.without(probe)
+        self.meters.forget(probe)
         return consumer
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
@@ -219,6 +233,74 @@ class Table:
         self._now = _Snapshot(
             tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
         )
+
+    # --- the breaker: control thread ---------------------------------------------------------------------------------
+
+    def judge(self, verdicts: Verdicts) -> None:
+        """Says what is to be left out; from its return on ``wanted`` does. ``settle`` is due when that is so."""
+        self.verdicts = verdicts
+
+    def settle(self, points: Iterable[Point], judged_ns: int) -> None:
+        """Has the targets say what became of them by the present verdicts.
+
+        Args:
+            points: those of the former verdicts and of the present ones.
+            judged_ns: when ``judge`` was called, CLOCK_MONOTONIC ns: what is out may have been so from then on.
+        """
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            for point in points:
+                for plan, consumer in self._now.by_file.get(point.file, ()):
+                    key = (*point.process, plan.site, point.addr)
+                    target = consumer.targets.get(key)
+                    if plan.offset != point.offset or target is None or target.state not in ("armed", *_HELD):
+                        continue
+                    self._settle(consumer, key, target, self.verdicts.of(point, consumer.probe), judged_ns, now_ns)
+        self._on_change()
+
+    @staticmethod
+    def _settle(
+        consumer: Consumer,
+        key: tuple[int, int, int, int],
+        target: TargetState,
+        verdict: Verdict | None,
+        judged_ns: int,
+        now_ns: int,
+    ) -> None:
+        state, message = (verdict.state.text, verdict.message) if verdict else ("armed", "")
+        if verdict is None and key not in consumer.coverage:
+            return  # it was never out
+        consumer.coverage.mark(
+            key, out=verdict is not None and verdict.out, since_ns=judged_ns if verdict and verdict.out else now_ns
+        )
+        if (target.state, target.message) == (state, message):
+            return
+        if target.state != state:
+            consumer.coverage.begin(key, now_ns)
+            target.since_ns = time.time_ns()
+            why = message or "within its budget again"
+            log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
+        target.state, target.message = state, message
+        target.reason = _OVER_BUDGET if verdict else ""
+        _tell_coverage(consumer, key, target, now_ns)
+
+    def measure(self) -> None:
+        """Has the targets that are, or were, left out say for how long."""
+        now_ns = time.monotonic_ns()
+        changed = False
+        with self._lock:
+            for consumer in self._consumers.values():
+                for key in consumer.coverage.keys():  # noqa: SIM118 - not a dictionary
+                    if (target := consumer.targets.get(key)) is not None and target.state in _HELD:
+                        _tell_coverage(consumer, key, target, now_ns)
+                        changed = True
+        if changed:
+            self._on_change()
+
+    def uncovered_ms(self, consumer: Consumer) -> int:
+        """Returns for how long a probe's targets were left out, summed over them, in ms."""
+        with self._lock:
+            return consumer.coverage.total_ns(time.monotonic_ns()) // 1_000_000
 
     # --- whoever looks at processes ----------------------------------------------------------------------------------
 
@@ -241,10 +323,11 @@ class Table:
                 continue
             try:
                 if pid not in named:
-                    text = self._proc.maps(pid)
+                    text = procfs.tried(lambda pid=pid: self._proc.maps(pid))  # type: ignore[misc]
                     if not any(n in text for n in needles):
                         continue
-                found.add(ProcessId(pid, self._proc.start_time(pid)))
+                start_time = procfs.tried(lambda pid=pid: self._proc.start_time(pid))  # type: ignore[misc]
+                found.add(ProcessId(pid, start_time))
             except OSError:
                 continue  # ended meanwhile, or another user's
         return found
@@ -294,7 +377,7 @@ class Table:
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
 
     def wanted(self, identity: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
-        now = self._now
+        now, verdicts = self._now, self.verdicts
         if parent is not None:
             self._ancestors[identity] = (parent.pid, *self._ancestors_of(parent))
         if identity.pid in self.self_pids:
@@ -313,6 +396,8 @@ class Table:
             return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
 
         sites: dict[int, SiteRequest] = {}
+        interested: dict[int, list[Consumer]] = {}
+        left_out: dict[tuple[Consumer, int], tuple[SitePlan, Verdict]] = {}
         for mapping in mappings if matching else ():
             for plan, consumer in now.by_file.get(mapping.file, ()):
                 addr = mapping.addr(plan.offset)
@@ -320,25 +405,70 @@ class Table:
                     continue
                 if plan.file not in consumer.held:
                     consumer.hold(identity.pid, mapping)
-                sink = consumer.sinks[plan.site]
-                known = sites.get(addr)
-                sites[addr] = (
-                    _request(addr, plan, mapping, mappings, (sink,))
-                    if known is None
-                    else SiteRequest(
-                        addr, known.plan, (*known.sinks, sink), slack_addr=known.slack_addr, refusal=known.refusal
-                    )
-                )
-        keep = any(c.follows for c in matching)
+                point = Point(identity, addr, plan.file, plan.offset)
+                if verdicts and (verdict := verdicts.of(point, consumer.probe)) is not None and verdict.out:
+                    left_out[consumer, addr] = plan, verdict
+                    continue
+                interested.setdefault(addr, []).append(consumer)
+                tally = self.meters.tally(point, interested[addr])
+                known = sites.get(addr) or _request(addr, plan, mapping, mappings)
+                sites[addr] = replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]), tally=tally)
+        if verdicts:
+            self._note_left_out(identity, interested, left_out, cause, facts.comm)
+        # What is left out comes back: the process is followed meanwhile.
+        keep = bool(left_out) or any(c.follows for c in matching)
         if sites or keep:
             for mapping in mappings:
                 loader = now.loaders.get(mapping.file)
                 if loader is None or (addr := mapping.addr(loader.offset)) is None:
                     continue
-                hook = _request(addr, loader, mapping, mappings, ())
                 if addr not in sites:
-                    sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
+                    sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
         return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
+
+    def _note_left_out(
+        self,
+        identity: ProcessId,
+        interested: Mapping[int, Sequence[Consumer]],
+        left_out: Mapping[tuple[Consumer, int], tuple[SitePlan, Verdict]],
+        cause: str,
+        comm: str,
+    ) -> None:
+        """Enters targets that begin their life left out, and strikes off those that went away while they were: the engine
+        has no breakpoint there of which to report either."""
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            for (consumer, addr), (plan, verdict) in left_out.items():
+                key = (*identity, plan.site, addr)
+                known = consumer.targets.get(key)
+                if known is not None and known.state != "gone":
+                    continue
+                consumer.targets[key] = TargetState(
+                    pid=identity.pid,
+                    start_time=identity.start_time,
+                    comm=comm,
+                    site=plan.site,
+                    path=plan.path,
+                    offset=plan.offset,
+                    addr=addr,
+                    state=verdict.state.text,
+                    cause=cause.removesuffix(ASYNC),
+                    since_ns=time.time_ns(),
+                    reason=_OVER_BUDGET,
+                    message=verdict.message,
+                )
+                consumer.coverage.mark(key, out=True, since_ns=now_ns)
+                consumer.changed.add(key)
+            for consumer in self._now.consumers:
+                for key in consumer.coverage.keys():  # noqa: SIM118 - not a dictionary
+                    addr, target = key[3], consumer.targets.get(key)
+                    if key[:2] != identity or target is None or target.state not in _HELD:
+                        continue
+                    if (consumer, addr) not in left_out and consumer not in interested.get(addr, ()):
+                        target.state = "gone"
+                        consumer.coverage.end(key, now_ns)
+                        consumer.changed.add(key)
+        self._on_change()
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -380,8 +510,16 @@ class Table:
                     state = report.state if meant else "gone"
                     if state == "gone" and known is None:
                         continue
+                    if known is not None and meant:
+                        # In or out by the breaker, it is what ``settle`` says of it.
+                        point = Point(identity, report.addr, plan.file, plan.offset)
+                        verdict = self.verdicts.of(point, consumer.probe)
+                        left_out = verdict is not None and verdict.out and known.state != "gone"
+                        if (state == "armed" and known.state in _HELD) or (state == "gone" and left_out):
+                            continue
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
+                    consumer.coverage.end(key, time.monotonic_ns())
                     consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
@@ -418,23 +556,30 @@ class Table:
         self.on_exit(identity, status)
 
     def _gone(self, identity: tuple[int, int]) -> None:
+        self.meters.end(ProcessId(*identity))
+        now_ns = time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._consumers.values():
                 for key, state in consumer.targets.items():
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
+                        consumer.coverage.end(key, now_ns)
                         consumer.changed.add(key)
         self._on_change()
+
+
+def _tell_coverage(consumer: Consumer, key: tuple[int, int, int, int], target: TargetState, now_ns: int) -> None:
+    target.covered = round(consumer.coverage.covered(key, now_ns), 3)
+    target.uncovered_ms = consumer.coverage.uncovered_ns(key, now_ns) // 1_000_000
+    consumer.changed.add(key)
 
 
 def _same_terms(one: Register, other: Register) -> bool:
     return (one.fetches, one.where, one.max_hits) == (other.fetches, other.where, other.max_hits)
 
 
-def _request(
-    addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping], sinks: tuple[Sink, ...]
-) -> SiteRequest:
+def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping]) -> SiteRequest:
     refusal = None
     if mapping.writable or mapping.shared:
         kind = "writable" if mapping.writable else "shared"
@@ -454,7 +599,7 @@ def _request(
                 continue
             if not slack_addr or abs(at - addr) < abs(slack_addr - addr):
                 slack_addr = at
-    return SiteRequest(addr, plan, sinks, slack_addr=slack_addr, refusal=refusal)
+    return SiteRequest(addr, plan, slack_addr=slack_addr, refusal=refusal)
 
 
 def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:

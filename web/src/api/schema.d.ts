@@ -441,6 +441,12 @@ export interface components {
              */
             limited: number;
             /**
+             * Uncovered Ms
+             * @description Milliseconds in which targets were throttled or tripped and not armed, summed over them.
+             * @default 0
+             */
+            uncovered_ms: number;
+            /**
              * Dropped
              * @description hits = delivered + dropped, always (semantics H1).
              * @default 0
@@ -1002,6 +1008,13 @@ export interface components {
              * @description After so many hits the probe is completed and taken out.
              */
             max_hits?: number | null;
+            /**
+             * Overhead
+             * @description Share of one CPU's time that it may add to the time of the programs on a host: 0.05 is 5 %. Beyond it the probe is
+             *     throttled, then taken out for a while. None: what the host's agent has set, 0.1 by default; ``off``: no such budget.
+             *     The agent's budgets for a process and for the host hold in any case.
+             */
+            overhead?: number | "off" | null;
         };
         /** ProbeLimits */
         "ProbeLimits-Output": {
@@ -1010,6 +1023,13 @@ export interface components {
              * @description After so many hits the probe is completed and taken out.
              */
             max_hits: number | null;
+            /**
+             * Overhead
+             * @description Share of one CPU's time that it may add to the time of the programs on a host: 0.05 is 5 %. Beyond it the probe is
+             *     throttled, then taken out for a while. None: what the host's agent has set, 0.1 by default; ``off``: no such budget.
+             *     The agent's budgets for a process and for the host hold in any case.
+             */
+            overhead: number | "off" | null;
         };
         /** ProbePage */
         ProbePage: {
@@ -1527,6 +1547,18 @@ export interface components {
              * @default
              */
             message: string;
+            /**
+             * Covered
+             * @description Share of the time since ``since`` in which it was armed; below 1 where it is throttled or tripped.
+             * @default 1
+             */
+            covered: number;
+            /**
+             * Uncovered Ms
+             * @description Milliseconds in which it was not armed, since it was over its budget: what happened then nobody counted.
+             * @default 0
+             */
+            uncovered_ms: number;
         };
         /** TargetList */
         TargetList: {
@@ -1537,7 +1569,7 @@ export interface components {
          * TargetState
          * @enum {string}
          */
-        TargetState: "armed" | "refused" | "gone";
+        TargetState: "armed" | "throttled" | "tripped" | "refused" | "gone";
         /** Unsubscribe */
         Unsubscribe: {
             /**

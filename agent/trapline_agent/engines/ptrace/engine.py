@@ -87,7 +87,7 @@ class PtraceEngine:
                         meanwhile = process.pid in self._threads
                     if not meanwhile:
                         # Asked once more: all may have been taken out while this waited.
-                        wanted = self.observer.wanted(process, cause)
+                        wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
                         if wanted.sites or wanted.keep:
                             self._attach(process, cause, wanted)
                         return

@@ -323,6 +323,7 @@ class TraceThread(threading.Thread):
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
+        site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
@@ -659,6 +660,7 @@ class TraceThread(threading.Thread):
                 joined = site.sinks != request.sinks
                 site.sinks = request.sinks
                 site.is_hook = request.is_hook
+                site.tally = request.tally
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue

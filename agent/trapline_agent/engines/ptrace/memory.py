@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
-from trapline_agent.engines.base import Sink, SiteRequest
+from trapline_agent.engines.base import Sink, SiteRequest, Tally
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
@@ -38,6 +38,7 @@ class Site:
     """Address of its displaced copy; 0 without one."""
     next_ip: Callable[[Registers], int] | None = None
     """For emulated instructions."""
+    tally: Tally = field(default_factory=Tally)
     original: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ class AddressSpace:
                 reason="TextDiffers",
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
-        site = Site(addr, plan, step, request.sinks, request.is_hook)
+        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally)
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
             site.slot = self._place(site, request.slack_addr)
