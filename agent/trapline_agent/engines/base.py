@@ -107,6 +107,20 @@ class Observer(Protocol):
         """A process that was followed ended (wait status where known) or was let go (None)."""
 
 
+class Mapper(Protocol):
+    """A thread that waits in a system call which maps a file, and goes on when the hook that holds it is told to."""
+
+    event: str
+    """``mmap``, or ``exec``: its new image has nothing mapped yet."""
+    pid: int
+    tid: int
+    deadline: float
+    """CLOCK_MONOTONIC seconds after which it may have gone on by itself, and must not be stopped any more."""
+
+    def cause(self) -> str:
+        """Asked once it has gone on and was stopped: the cause of what is armed then."""
+
+
 class Engine(Protocol):
     """Arms and disarms sites. Methods may be called from any thread but the engine's own."""
 

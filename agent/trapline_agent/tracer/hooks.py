@@ -1,8 +1,9 @@
 """How the tracer learns of mappings in processes that it does not follow yet.
 
 Processes that it follows tell by themselves: fork and exec stops, and the loader's ``_dl_debug_state``, all before the new
-code runs. For the rest there is the perf side-band stream, which comes after the fact (what ran before is reported as
-*may have missed*), and behind everything the periodic look at /proc.
+code runs. For the rest there is ``mappers``, which holds them until they are armed, where the file system can; the perf
+side-band stream, which comes after the fact (what ran before is reported as *may have missed*); and behind everything the
+periodic look at /proc.
 """
 
 from __future__ import annotations

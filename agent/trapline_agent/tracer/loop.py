@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
@@ -30,9 +30,10 @@ from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
+from trapline_agent.tracer.mappers import MapperHook
 from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.shipper import Shipper
-from trapline_agent.tracer.table import ASYNC, Consumer, Table
+from trapline_agent.tracer.table import Consumer, Table
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,13 @@ class Tracer:
             on_failure=lambda: self._post(self._stop),
         )
         self._hooked = self._hook.start()
+        self._mappers = MapperHook(
+            is_meant=self._table.is_meant,
+            hold=self._engine.await_mapper,
+            on_late=lambda held: self._post(lambda: self._reconcile_pid(held.pid, f"{held.event}:fanotify-late")),
+            on_lost=lambda: self._post_once("mappers", self._mappers_lost),
+        )
+        self._spared: frozenset[int] = frozenset()
         self._commands: dict[int, Command] = {}
         self._ends: dict[int, int] = {}
         self._stats: dict[str, m.Stats] = {}
@@ -129,7 +137,7 @@ class Tracer:
                 now = time.monotonic()
                 for pid in [p for p, at in self._mapped_due.items() if now >= at]:
                     del self._mapped_due[pid]
-                    self._safely(self._reconcile_pid, pid, "mmap" + ASYNC)
+                    self._safely(self._reconcile_pid, pid, "mmap:perf-mmap")
                 if now >= self._next_tick:
                     self._next_tick = now + _TICK_S
                     self._safely(self._tick, now)
@@ -140,6 +148,7 @@ class Tracer:
             self._safely(self._end_commands)
             self._safely(self._shipper.close)
             self._safely(self._hook.close)
+            self._safely(self._mappers.close)
             self._safely(self._path.unlink, True)
 
     def _safely(self, work: Callable[..., object], *args: object) -> None:
@@ -241,10 +250,11 @@ class Tracer:
                 case m.Watch(names=names):
                     self._hook.watch(names)
                 case m.Spare(self_pids=pids):
-                    self._table.self_pids = frozenset((os.getpid(), *pids))
+                    self._spare(pids)
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
+                    self._set_marks()
                 case m.Launch():
                     done.pid = self._launch(message)
                 case m.Release(pid=pid):
@@ -273,7 +283,7 @@ class Tracer:
     def _hello(self, hello: m.Hello) -> None:
         self._host = hello.host
         self._lease_s = hello.lease_s
-        self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
+        self._spare((hello.agent_pid, *hello.self_pids))
         assert self._agent is not None
         ready = m.Ready(
             protocol=m.PROTOCOL,
@@ -285,6 +295,7 @@ class Tracer:
             hooks=[
                 ("fork-exec", self._capabilities.available, ""),
                 ("loader", self._capabilities.available, ""),
+                (self._mappers.name, self._mappers.available, self._mappers.reason),
                 (self._hook.name, self._hooked, self._hook.reason),
                 ("reconcile", True, ""),
             ],
@@ -292,6 +303,13 @@ class Tracer:
         )
         self._shipper.connect(self._agent.socket, ready)
         self._stats.clear()
+
+    def _spare(self, pids: Iterable[int]) -> None:
+        """Sets Trapline's own processes besides this one and the answerer."""
+        self._spared = frozenset(pids)
+        own = {os.getpid(), self._mappers.pid, *self._spared} - {0}
+        self._table.self_pids = frozenset(own)
+        self._mappers.spare(self._table.self_pids)
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
@@ -313,6 +331,7 @@ class Tracer:
         # Publish, then look: a mapping that appears meanwhile is found by a hook or by the look (semantics R2).
         fresh = self._table.consumer(message.probe) is None
         self._table.publish(message, ring)
+        self._set_marks()
         try:
             self._reconcile_all("scan")
         except Exception:
@@ -332,6 +351,7 @@ class Tracer:
             # To the other probes there it is one more look. One that fails must not keep the others armed; it is looked at
             # again by and by.
             self._safely(self._engine.reconcile, identity, "reconcile")
+        self._set_marks()
         consumer.close()
         with self._rings_lock:
             self._draining.append(consumer)
@@ -352,13 +372,29 @@ class Tracer:
                 self._safely(_kill, command)
         self._safely(self._engine.close)
 
+    def _set_marks(self) -> None:
+        """Has the mappers of probed files held, of those alone. What the table wants is published by then: who is held
+        finds it, and who is not has mapped the file before, and is found by the look that follows."""
+        before = self._mappers.pid
+        self._safely(self._mappers.sync, self._table.descriptors(), self._table.loaders())
+        if self._mappers.pid != before:
+            self._spare(self._spared)
+
+    def _mappers_lost(self) -> None:
+        """The answerer has ended, or let mappers go on untold."""
+        if not self._done:
+            self._set_marks()
+            self._reconcile_all()
+
     def _mapped(self, pid: int) -> None:
         """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
         code can run; what was mapped without the loader is looked at after a while."""
+        if self._engine.awaits(pid):
+            return  # it stops before the code can run
         if self._engine.is_hooked(pid):
             self._mapped_due.setdefault(pid, time.monotonic() + _LOADER_GRACE_S)
         else:
-            self._reconcile_pid(pid, "mmap" + ASYNC)
+            self._reconcile_pid(pid, "mmap:perf-mmap")
 
     def _reconcile_pid(self, pid: int, cause: str) -> None:
         with contextlib.suppress(OSError):

@@ -135,6 +135,8 @@ class TargetState(msgspec.Struct, kw_only=True, omit_defaults=True):
     state: str
     """armed, refused, gone."""
     cause: str = "scan"
+    hook: str = ""
+    """Who told of the mapping."""
     since_ns: int = 0
     """CLOCK_REALTIME."""
     may_have_missed: bool = False

@@ -34,9 +34,15 @@ from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.messages import Register, TargetState
 
-ASYNC = "-async"
-"""Suffix of a cause that came after the fact: calls may have run before the process was armed."""
-_MISSED = frozenset(("mmap" + ASYNC, "exec" + ASYNC, "reconcile"))
+_HOOKS = {"scan": "scan", "fork": "fork-exec", "exec": "fork-exec", "mmap": "loader", "reconcile": "reconcile"}
+"""Which hook a cause means that names none. A cause is ``mmap``, or ``mmap:HOOK``."""
+_MISSED = {
+    "perf-mmap": "the kernel told of the mapping after it was made",
+    "proc-connector": "the kernel told of the new image after it was made",
+    "fanotify-late": "the tracer was too slow to hold the mapper",
+    "reconcile": "a look through /proc found the mapping, some time after it was made",
+}
+"""Hooks that come after the fact: calls may have run before the process was armed, and why."""
 _MAX_GONE = 1000
 """Targets of ended processes that a probe remembers."""
 
@@ -155,6 +161,13 @@ class Table:
         self._renew()
         return consumer
 
+    def descriptors(self) -> dict[FileKey, int]:
+        """Returns an O_PATH descriptor of each probed file that could be opened. They belong to the consumers."""
+        return {file: fd for consumer in self._now.consumers for file, fd in consumer.held.items()}
+
+    def loaders(self) -> Mapping[FileKey, SitePlan]:
+        return self._now.loaders
+
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
         """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
         for plan in plans:
@@ -261,6 +274,17 @@ class Table:
                     sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
         return Wanted(list(sites.values()), keep, still_mapped)
 
+    def is_meant(self, pid: int, file: FileKey) -> bool:
+        """Says whether something is wanted in a process once it has mapped a file. Any thread."""
+        consumers = {consumer for _, consumer in self._now.by_file.get(file, ())}
+        if not consumers or pid in self.self_pids:
+            return False
+        facts = process.facts(pid)
+        if facts is None:
+            return False
+        parents = self._parents(ProcessId(pid, facts.start_time))
+        return any(c.selector.matches(facts, parents) for c in consumers)
+
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
         if known is not None:
@@ -284,6 +308,9 @@ class Table:
         with contextlib.suppress(OSError):
             comm = procfs.comm(identity.pid)
         since = time.time_ns()
+        cause, _, hook = cause.partition(":")
+        hook = hook or _HOOKS[cause]
+        missed = _MISSED.get(hook, "")
         facts = process.facts(identity.pid)
         parents = self._parents(identity)
         changed = False
@@ -310,11 +337,12 @@ class Table:
                         offset=plan.offset,
                         addr=report.addr,
                         state=state,
-                        cause=cause.removesuffix(ASYNC),
+                        cause=cause,
+                        hook=hook.removesuffix("-late"),
                         since_ns=since,
-                        may_have_missed=state == "armed" and cause in _MISSED,
+                        may_have_missed=bool(missed) and state == "armed",
                         reason=report.reason,
-                        message=report.message,
+                        message=report.message or (missed if state == "armed" else ""),
                     )
                     consumer.changed.add(key)
                     changed = True

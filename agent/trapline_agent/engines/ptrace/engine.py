@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
-from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
@@ -38,6 +39,9 @@ class PtraceEngine:
         """Tracer threads that run, or have ended and were not waited for."""
         self._reaper = Reaper()
         self._retry: set[ProcessId] = set()
+        self._attached = threading.Condition()
+        self._attaching: set[int] = set()
+        """Processes that a thread is about to have followed."""
         self._held: dict[int, threading.Event] = {}
         self.comms: dict[int, str] = {}
         """Names of the processes that are or were followed, by pid."""
@@ -73,7 +77,10 @@ class PtraceEngine:
                 wanted = self.observer.wanted(process, cause)
                 if not wanted.sites and not wanted.keep:
                     return
-                self._attach(process, cause, wanted)
+                with self._attaching_alone(process.pid):
+                    if process.pid in self._threads:
+                        continue
+                    self._attach(process, cause, wanted)
                 return
             except Ended:
                 if thread is not None:
@@ -86,6 +93,52 @@ class PtraceEngine:
             except OSError:
                 log.exception("process %d cannot be brought to what is wanted", process.pid)
                 return
+
+    @contextlib.contextmanager
+    def _attaching_alone(self, pid: int, timeout: float | None = None) -> Iterator[None]:
+        """Only one thread at a time may have a process followed that is not. Raises TimeoutError."""
+        with self._attached:
+            if not self._attached.wait_for(lambda: pid not in self._attaching, timeout):
+                raise TimeoutError(f"process {pid} is being attached to")
+            self._attaching.add(pid)
+        try:
+            yield
+        finally:
+            with self._attached:
+                self._attaching.discard(pid)
+                self._attached.notify_all()
+
+    def await_mapper(self, mapper: Mapper) -> bool:
+        """Has a process followed one of whose threads waits as it maps a file, and armed when that goes on, before it runs.
+
+        Returns at once, with the thread waiting still; or False: there is no need, the process' loader tells of it in time.
+        Raises PermissionError, ProcessLookupError, TimeoutError (it may have gone on meanwhile).
+        """
+        pid = mapper.pid
+        while True:
+            with self._lock:
+                thread, process = self._threads.get(pid), self._processes.get(pid)
+            if process is not None and process.hooked and mapper.event == "mmap":
+                return False
+            try:
+                if thread is not None:
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+                with self._attaching_alone(pid, max(0.0, mapper.deadline - time.monotonic())):
+                    if pid in self._threads:
+                        continue
+                    thread = self._start()
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+            except Ended:
+                if thread is not None:
+                    self._unmap(pid, thread)
+
+    def awaits(self, pid: int) -> bool:
+        """Whether a mapper of a process is waited for: what it maps will be looked at before it runs."""
+        with self._lock:
+            process = self._processes.get(pid)
+        return process is not None and bool(process.awaited)
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
         with self._lock:
@@ -234,6 +287,10 @@ class PtraceEngine:
     def held(self, pid: int) -> None:
         if (event := self._held.get(pid)) is not None:
             event.set()
+
+    def unsettled(self, process: TracedProcess) -> None:
+        with self._lock:
+            self._retry.add(process.id)
 
     def forgot(self, process: TracedProcess, status: int | None) -> None:
         with self._lock:

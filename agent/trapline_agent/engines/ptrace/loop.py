@@ -24,12 +24,12 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
-from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class Directory(Protocol):
 
     def held(self, pid: int) -> None:
         """A launched command stands before its first instruction."""
+
+    def unsettled(self, process: TracedProcess) -> None:
+        """It could not be armed where it was to be: it is to be looked at again."""
 
     def forgot(self, process: TracedProcess, status: int | None) -> None:
         """It ended (wait status) or was let go (None)."""
@@ -225,6 +228,7 @@ class TraceThread(threading.Thread):
                 process.memory.disarm(site)
                 process.dirty = True
             process.held = False
+            process.awaited.clear()
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
@@ -324,19 +328,28 @@ class TraceThread(threading.Thread):
         elif event == ptrace.PTRACE_EVENT_STOP:
             thread.settled = True
             thread.interrupted = False
-            if stop in _GROUP_STOPS:
-                if thread.process.released:
-                    self._detach(thread, 0)
-                else:
-                    ptrace.listen(tid)
+            if tid in thread.process.awaited and not thread.held:
+                # Not from in here: settling serves stops itself.
+                thread.held = True
+                with self._lock:
+                    self._commands.append(_Command(lambda: self._arm_mapper(thread, stop)))
             else:
-                self._deliver(thread, 0)
+                self._leave_stop(thread, stop)
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
                 if child not in self._group.threads:
                     self._fork_parents[child] = thread.process
             self._resume(thread)
+
+    def _leave_stop(self, thread: Thread, stop: int) -> None:
+        """Ends a PTRACE_EVENT_STOP: a group stop goes on as the program's own."""
+        if stop not in _GROUP_STOPS:
+            self._deliver(thread, 0)
+        elif thread.process.released:
+            self._detach(thread, 0)
+        else:
+            ptrace.listen(thread.tid)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
@@ -413,6 +426,7 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        awaited = process.awaited.pop(tid, None)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
@@ -426,7 +440,7 @@ class TraceThread(threading.Thread):
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
-        self._reconcile(process, "exec")
+        self._reconcile(process, "exec" if awaited is None else awaited.mapper.cause())
         if process.held:
             thread.held = True
             self._engine.held(process.id.pid)
@@ -513,6 +527,61 @@ class TraceThread(threading.Thread):
         self._reconcile(process, cause)
         return True
 
+    def await_mapper(self, mapper: Mapper) -> None:
+        """Follows a process one of whose threads waits as it maps a file, so that it stops before it goes on in the program:
+        at the end of its execve, or of the system call that maps. There it is armed. On this thread; returns at once.
+
+        Raises:
+            PermissionError: the kernel says no.
+            ProcessLookupError: it is gone.
+            TimeoutError: the thread may have gone on meanwhile.
+        """
+        pid = mapper.pid
+        process = self._group.processes.get(pid) or TracedProcess.open(pid)
+        fresh = pid not in self._group.processes
+        try:
+            seized = self._group.seize(process)
+            for sharer in self._group.sharers(process.memory):
+                sharer.released = False
+                seized |= self._group.seize(sharer)
+        except OSError:
+            if fresh:
+                self._group.abandon(process)
+                process.memory.close()
+            raise
+        if fresh:
+            self._group.processes[pid] = process
+            self._engine.adopted(process, self)
+        if mapper.tid not in process.threads:
+            raise ProcessLookupError(f"thread {mapper.tid} is gone")
+        # A thread in mmap is stopped on its way out, and its mmap is done then: it waits where only a kill ends the wait
+        # (fs/notify/fanotify/fanotify.c, fanotify_get_response). One in execve stops at its end, since it is followed.
+        if mapper.event == "mmap":
+            if time.monotonic() > mapper.deadline:
+                process.lingering = not process.memory.sites
+                raise TimeoutError(f"thread {mapper.tid} may have mapped the file already")
+            ptrace.interrupt(mapper.tid)
+        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.lingering = False
+
+    def _arm_mapper(self, thread: Thread, stop: int) -> None:
+        """Arms what is wanted in a process one of whose threads has mapped something, and is stopped."""
+        process = thread.process
+        awaited = process.awaited.get(thread.tid)
+        try:
+            if awaited is not None:
+                if awaited.settle:
+                    self._group.settle_all(process)
+                process.awaited.pop(thread.tid, None)
+                self._reconcile(process, awaited.mapper.cause())
+        except TimeoutError:
+            process.awaited.pop(thread.tid, None)
+            self._engine.unsettled(process)
+        finally:
+            thread.held = False
+            if thread.tid in self._group.threads:
+                self._leave_stop(thread, stop)
+
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
         if self._group.processes.get(process.id.pid) is not process:
@@ -530,7 +599,7 @@ class TraceThread(threading.Thread):
                 if not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     process.dirty = True
-            process.lingering = not memory.sites and not process.held
+            process.lingering = not memory.sites and not process.held and not process.awaited
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
@@ -559,7 +628,7 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
             except OSError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
-        process.lingering = not memory.sites and not wanted.keep and not process.held
+        process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
