@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
+import select
+import shutil
+import signal
 import struct
+import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engines.host import Files
-from tests.engines.test_tracer import connected, path, tracer
+from tests.engines.test_tracer import TRACER, connected, path, tracer
 from tests.support import needs
 from tests.support.children import TIMEOUT_S, Child, run
 from tests.support.targets import Targets
 from trapline_agent.plans import SitePlan
 from trapline_agent.tracer import messages as m
+from trapline_agent.tracer.answerer import DEADLINE_S
 from trapline_agent.tracer.client import TracerClient
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
@@ -37,7 +44,9 @@ class Calls:
         self.file.write_bytes(bytes(4096))
 
     def read(self) -> dict[str, int]:
-        return dict(zip(("begun", "done", "runs", "wrong"), struct.unpack_from("=4Q", self.file.read_bytes()), strict=True))
+        return dict(
+            zip(("begun", "done", "runs", "wrong"), struct.unpack_from("=4Q", self.file.read_bytes()), strict=True)
+        )
 
 
 class Watched:
@@ -47,6 +56,7 @@ class Watched:
         self.client = client
         self.targets: list[m.TargetState] = []
         self.hits = 0
+        self.news = asyncio.Event()
 
     async def read(self) -> None:
         async for event in self.client.events():
@@ -54,6 +64,7 @@ class Watched:
                 self.targets += event.targets
             elif isinstance(event, m.Stats):
                 self.hits = event.hits
+            self.news.set()
 
 
 @contextlib.asynccontextmanager
@@ -105,3 +116,189 @@ async def test_not_a_call_is_missed_of_a_thousand_libraries_that_are_opened(
     assert calls.read() == {"begun": 5000, "done": 5000, "runs": 1000, "wrong": 0}
     assert seen.hits == 5000
     assert {(t.cause, t.hook, t.may_have_missed) for t in seen.targets} == {("mmap", "fanotify", False)}
+
+
+@needs.fanotify
+async def test_a_library_that_comes_and_goes_is_armed_each_time(path: Path, targets: Targets) -> None:
+    library = targets.library()
+    with targets.run("dl", library) as child:
+        async with watched(path, Files().plan(library, "dlfn")) as (seen, _):
+            await asyncio.to_thread(child.ask, "cycle 1000 3")
+        assert child.count() == {"begun": 3000, "done": 3000, "opens": 1000, "wrong": 0}
+        assert not [t for t in seen.targets if t.may_have_missed]
+        assert seen.hits == 3000
+
+
+@needs.fanotify
+async def test_threads_that_open_a_library_while_others_fork_and_block(
+    path: Path, targets: Targets, tmp_path: Path
+) -> None:
+    """A mapper's process is followed with all its threads, some of which are in the middle of something."""
+    program, library = targets.build("busy"), targets.library()
+    async with watched(path, Files().plan(library, "dlfn")) as (seen, _):
+        for _ in range(20):
+            result = await asyncio.to_thread(run, [program, library])
+            assert result.returncode == 0, result.stderr
+            assert result.stdout == "interrupted 0 calls 40 wrong 0\n"
+    assert not [t for t in seen.targets if t.may_have_missed]
+    assert seen.hits == 20 * 40
+
+
+def answerer_of(process: Child) -> int:
+    """Returns the pid of a tracer's answerer."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        (pid,) = [int(p) for p in file.read().split() if b"answerer" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return pid
+
+
+def marks_of(answerer: int) -> int:
+    """Returns how many inodes are marked."""
+    info = "".join(p.read_text() for p in Path(f"/proc/{answerer}/fdinfo").iterdir())
+    return info.count("fanotify ino:")
+
+
+async def until(seen: Watched, state: str, pid: int) -> m.TargetState:
+    """Waits for a target of a process to be in a state."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (found := [t for t in seen.targets if t.pid == pid and t.state == state]):
+            seen.news.clear()
+            await seen.news.wait()
+    return found[-1]
+
+
+@needs.fanotify
+async def test_a_tracer_that_hangs_holds_nobody_up_and_says_what_may_be_missing(path: Path, targets: Targets) -> None:
+    library = targets.library()
+    with targets.run("dl", library) as child:
+        async with watched(path, Files().plan(library, "dlfn")) as (seen, process):
+            process.signal(signal.SIGSTOP)
+            began = time.monotonic()
+            assert await asyncio.to_thread(child.ask, "open") == "opened"
+            took = time.monotonic() - began
+            child.ask("call 10")
+            process.signal(signal.SIGCONT)
+            target = await until(seen, "armed", child.pid)
+            child.ask("call 5")
+        assert DEADLINE_S <= took < DEADLINE_S + 2
+        assert target.may_have_missed
+        assert target.message
+        assert seen.hits == 5
+
+
+@needs.fanotify
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+async def test_an_answerer_that_fails_holds_nobody_up_and_is_replaced(
+    path: Path, targets: Targets, tmp_path: Path, how: signal.Signals
+) -> None:
+    program, library, calls = targets.build("once"), targets.library(), Calls(tmp_path)
+    async with watched(path, Files().plan(library, "dlfn")) as (seen, process):
+        answerer = answerer_of(process)
+        with targets.run("dl", library) as child:
+            gone = os.pidfd_open(answerer)
+            os.kill(answerer, how)
+            began = time.monotonic()
+            assert await asyncio.to_thread(child.ask, "open") == "opened"
+            assert time.monotonic() - began < 4
+            await asyncio.to_thread(select.select, [gone], [], [], TIMEOUT_S)
+            os.close(gone)
+            target = await until(seen, "armed", child.pid)
+            assert target.hook != "fanotify"
+            assert target.may_have_missed
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                with contextlib.suppress(ValueError, FileNotFoundError):
+                    if (another := answerer_of(process)) != answerer and marks_of(another) == 1:
+                        break
+                await asyncio.sleep(0.01)
+        before = len(seen.targets)
+        await shell(LOOP, "20", program, calls.file, "5", library)
+    assert seen.hits == 100
+    assert {(t.hook, t.may_have_missed) for t in seen.targets[before:] if t.pid != child.pid} == {("fanotify", False)}
+
+
+@needs.fanotify
+async def test_who_is_held_goes_on_when_the_tracer_is_killed(path: Path, targets: Targets) -> None:
+    library = targets.library()
+    with targets.run("dl", library) as child, tracer_to_be_killed(path) as process:
+        async with connected(path, process) as client:
+            await client.register("p", generation=1, sites=["s"], plans=[Files().plan(library, "dlfn")])
+            gone = os.pidfd_open(answerer_of(process))
+            process.signal(signal.SIGSTOP)
+            child.send("open")
+            process.signal(signal.SIGKILL)
+            assert await asyncio.to_thread(select.select, [gone], [], [], TIMEOUT_S) == ([gone], [], [])
+            os.close(gone)
+            assert child.lines.next() == "opened"
+            child.ask("call 3")
+            assert child.count()["wrong"] == 0
+
+
+@contextlib.contextmanager
+def tracer_to_be_killed(path: Path) -> Iterator[Child]:
+    child = Child([*TRACER, str(path)], ready=None)
+    try:
+        yield child
+    finally:
+        child.kill()
+
+
+@needs.fanotify
+async def test_traplines_own_processes_are_not_held(path: Path, targets: Targets) -> None:
+    """With the tracer stopped, whoever is held waits for the deadline; the agent (this process) must not."""
+    library = targets.library()
+    async with watched(path, Files().plan(library, "dlfn")) as (_, process):
+        process.signal(signal.SIGSTOP)
+        try:
+            with library.open("rb") as file:
+                began = time.monotonic()
+                with mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC):
+                    took = time.monotonic() - began
+        finally:
+            process.signal(signal.SIGCONT)
+    assert took < DEADLINE_S / 2
+
+
+@needs.fanotify
+async def test_who_only_reads_a_probed_file_is_not_held(path: Path, targets: Targets) -> None:
+    library = targets.library()
+    async with watched(path, Files().plan(library, "dlfn")) as (_, process):
+        process.signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            result = await asyncio.to_thread(run, ["cmp", library, library])
+            took = time.monotonic() - began
+        finally:
+            process.signal(signal.SIGCONT)
+    assert result.returncode == 0, result.stderr
+    assert took < DEADLINE_S
+
+
+@needs.fanotify
+async def test_marks_follow_the_probes(path: Path, targets: Targets) -> None:
+    one, other = targets.copy(targets.library()), targets.copy(targets.library())
+    async with watched(path, Files().plan(one, "dlfn")) as (seen, process):
+        answerer = answerer_of(process)
+        assert marks_of(answerer) == 1
+        await seen.client.register("q", generation=1, sites=["s"], plans=[Files().plan(other, "dlfn")])
+        await seen.client.register("r", generation=1, sites=["s"], plans=[Files().plan(other, "dlfn")])
+        assert marks_of(answerer) == 2
+        await seen.client.unregister("q")
+        assert marks_of(answerer) == 2
+        await seen.client.unregister("r")
+        assert marks_of(answerer) == 1
+        await seen.client.unregister("p")
+        assert marks_of(answerer) == 0
+
+
+@needs.perf
+async def test_where_the_file_system_cannot_a_later_hook_stands_in_and_says_so(path: Path, targets: Targets) -> None:
+    library = targets.library()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        copy = Path(shutil.copy2(library, directory))
+        with targets.run("dl", copy) as child:
+            async with watched(path, Files().plan(copy, "dlfn")) as (seen, _):
+                child.ask("open")
+                target = await until(seen, "armed", child.pid)
+                child.ask("call 5")
+            assert (target.hook, target.may_have_missed) == ("perf-mmap", True)
+            assert seen.hits == 5

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from trapline_agent.plans import SitePlan
+from trapline_agent.plans import FileKey, SitePlan
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,9 @@ class Observer(Protocol):
     def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         """Takes what changed in a process."""
 
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        """A process mapped a file and may have run what is wanted there before that could be armed, if it ever is."""
+
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
         """Takes a sample of how long the engine held a thread for one hit of a site, in ns."""
 
@@ -114,6 +117,8 @@ class Mapper(Protocol):
     """``mmap``, or ``exec``: its new image has nothing mapped yet."""
     pid: int
     tid: int
+    file: FileKey
+    """What it maps."""
     deadline: float
     """CLOCK_MONOTONIC seconds after which it may have gone on by itself, and must not be stopped any more."""
 

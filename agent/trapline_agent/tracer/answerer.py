@@ -31,7 +31,7 @@ from enum import IntEnum
 from trapline_agent.kernel import fanotify, procfs
 from trapline_agent.kernel.process import die_with_parent, lock_memory
 
-DEADLINE_S = 0.5
+DEADLINE_S = 1.0
 _MAX_WAITING = 64
 """So many may wait for the tracer; those beyond are answered at once."""
 REQUEST = struct.Struct("=BQ")
@@ -109,8 +109,12 @@ class Answerer:
         read = time.monotonic()
         kind, pid = None, 0
         if access.tid > 0 and len(self._waiting) < _MAX_WAITING:
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            try:
                 kind, pid = self._maps(access)
+            except (ProcessLookupError, FileNotFoundError, KeyError):
+                pass  # it is gone
+            except (OSError, ValueError):
+                self._tell(Kind.LOST)
         if kind is None:
             self._group.allow(access)
             return
@@ -149,7 +153,15 @@ class Answerer:
     # --- the tracer --------------------------------------------------------------------------------------------------
 
     def _tell(
-        self, kind: Kind, number: int = 0, error: int = 0, pid: int = 0, tid: int = 0, dev: int = 0, ino: int = 0, ns: int = 0
+        self,
+        kind: Kind,
+        number: int = 0,
+        error: int = 0,
+        pid: int = 0,
+        tid: int = 0,
+        dev: int = 0,
+        ino: int = 0,
+        ns: int = 0,
     ) -> None:
         # A tracer that does not read will be heard of again when it does: what waits is answered at the deadline.
         with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
-from trapline_agent.tracer.mappers import MapperHook
+from trapline_agent.tracer.mappers import Held, MapperHook
 from trapline_agent.tracer.scan import scan
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import Consumer, Table
@@ -95,7 +95,7 @@ class Tracer:
         self._mappers = MapperHook(
             is_meant=self._table.is_meant,
             hold=self._engine.await_mapper,
-            on_late=lambda held: self._post(lambda: self._reconcile_pid(held.pid, f"{held.event}:fanotify-late")),
+            on_late=lambda held: self._post(lambda: self._late(held)),
             on_lost=lambda: self._post_once("mappers", self._mappers_lost),
         )
         self._spared: frozenset[int] = frozenset()
@@ -380,6 +380,12 @@ class Tracer:
         if self._mappers.pid != before:
             self._spare(self._spared)
 
+    def _late(self, held: Held) -> None:
+        """A mapper went on before it was followed."""
+        cause = f"{held.event}:fanotify-late"
+        self._table.missed(held.pid, held.file, cause)
+        self._reconcile_pid(held.pid, cause)
+
     def _mappers_lost(self) -> None:
         """The answerer has ended, or let mappers go on untold."""
         if not self._done:
@@ -389,8 +395,6 @@ class Tracer:
     def _mapped(self, pid: int) -> None:
         """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
         code can run; what was mapped without the loader is looked at after a while."""
-        if self._engine.awaits(pid):
-            return  # it stops before the code can run
         if self._engine.is_hooked(pid):
             self._mapped_due.setdefault(pid, time.monotonic() + _LOADER_GRACE_S)
         else:
@@ -440,6 +444,8 @@ class Tracer:
     def _send_targets(self) -> None:
         for probe, targets in self._table.take_changes():
             self._shipper.send(m.Targets(probe=probe, targets=targets))
+        for probe, entries in self._table.take_log():
+            self._shipper.send(m.Covered(probe=probe, entries=entries))
 
     def _tick(self, now: float) -> None:
         self._engine.tick()

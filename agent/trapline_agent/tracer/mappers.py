@@ -52,6 +52,7 @@ class Held:
         self.event = event
         self.pid = pid
         self.tid = tid
+        self.file = FileKey("", 0)
         self.deadline = deadline
         """CLOCK_MONOTONIC seconds after which the thread must not be stopped any more."""
         self.late = True
@@ -207,13 +208,14 @@ class MapperHook:
     def _told(self, held: Held, file: tuple[int, int]) -> bool:
         """On the worker: has a waiting thread's process followed where something is wanted there."""
         key = self._by_stat.get(file)
-        if key is None or not self._is_meant(held.pid, key):
+        if key is None or not self._is_meant(held.pid, key):  # or it is gone
             return False
+        held.file = key
         try:
             return self._hold(held)
         except OSError as e:
             # Gone, traced by another, or we were too slow: a look after the fact says what became of it.
-            log.debug("process %d is not followed as it maps: %s", held.pid, e)
+            log.warning("process %d is not followed as it maps: %s", held.pid, e)
             self._on_late(held)
             return False
 

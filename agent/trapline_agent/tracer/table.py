@@ -17,9 +17,11 @@ Only the control thread publishes and withdraws; the engine's threads ask and re
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,17 +34,21 @@ from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.targets import maps, process
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.selector import Selector
-from trapline_agent.tracer.messages import Register, TargetState
+from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 
 _HOOKS = {"scan": "scan", "fork": "fork-exec", "exec": "fork-exec", "mmap": "loader", "reconcile": "reconcile"}
 """Which hook a cause means that names none. A cause is ``mmap``, or ``mmap:HOOK``."""
 _MISSED = {
     "perf-mmap": "the kernel told of the mapping after it was made",
     "proc-connector": "the kernel told of the new image after it was made",
-    "fanotify-late": "the tracer was too slow to hold the mapper",
+    "fanotify-late": "the mapper was let go on at the deadline, before the tracer had it",
+    "unsettled": "a thread of the process stayed inside fork, clone or execve",
     "reconcile": "a look through /proc found the mapping, some time after it was made",
 }
 """Hooks that come after the fact: calls may have run before the process was armed, and why."""
+_LATE_HOOKS = {"fanotify-late": "fanotify", "unsettled": "fanotify"}
+_MAX_LOG = 1000
+"""Entries of the coverage log that a probe keeps."""
 _MAX_GONE = 1000
 """Targets of ended processes that a probe remembers."""
 
@@ -60,6 +66,12 @@ class Consumer:
     sinks: dict[int, Sink] = field(default_factory=dict)
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+    log: deque[CoverageEntry] = field(default_factory=lambda: deque(maxlen=_MAX_LOG))
+    logged: int = 0
+    """Entries so far, those that were forgotten included."""
+    unsent: dict[int, CoverageEntry] = field(default_factory=dict)
+    open_entries: dict[tuple[int, int, int, int], CoverageEntry] = field(default_factory=dict)
+    """Of targets that are armed now."""
     source: str = field(default_factory=lambda: new_id("trc"))
     """What its hits are numbered in: a probe that is registered again begins at 0 again, in another source."""
 
@@ -80,6 +92,39 @@ class Consumer:
             if plan.file not in self.held:
                 with contextlib.suppress(OSError):
                     self.held[plan.file] = os.open(plan.path, os.O_PATH | os.O_CLOEXEC)
+
+    def begin(self, key: tuple[int, int, int, int], target: TargetState) -> None:
+        """Enters into the coverage log that a target is armed; or (``state`` gone) that it was not when it should have been."""
+        entry = CoverageEntry(
+            number=self.logged,
+            pid=target.pid,
+            start_time=target.start_time,
+            comm=target.comm,
+            site=target.site,
+            path=target.path,
+            addr=target.addr,
+            cause=target.cause,
+            hook=target.hook,
+            begun_ns=target.since_ns,
+            may_have_missed=target.may_have_missed,
+            message=target.message,
+        )
+        self.logged += 1
+        self.log.append(entry)
+        self.unsent[entry.number] = entry
+        if target.state == "armed":
+            self.open_entries[key] = entry
+        else:
+            entry.ended_ns = target.since_ns
+        while len(self.unsent) > _MAX_LOG:
+            del self.unsent[next(iter(self.unsent))]
+
+    def end(self, key: tuple[int, int, int, int], at_ns: int) -> None:
+        """Enters that a target is armed no more."""
+        entry = self.open_entries.pop(key, None)
+        if entry is not None:
+            entry.ended_ns = at_ns
+            self.unsent[entry.number] = entry
 
     def close(self) -> None:
         for fd in self.held.values():
@@ -150,6 +195,7 @@ class Table:
         with self._lock:
             # This agent may be another one than the one that was told of them.
             consumer.changed |= consumer.targets.keys()
+            consumer.unsent = {entry.number: entry for entry in consumer.log}
         consumer.register = register
         consumer.add(register.plans)
         self._renew()
@@ -228,6 +274,16 @@ class Table:
                     result.append((consumer.probe, [consumer.targets[k] for k in consumer.changed]))
                     consumer.changed = set()
                     _forget_oldest(consumer.targets)
+            return result
+
+    def take_log(self) -> list[tuple[str, list[CoverageEntry]]]:
+        """Returns the entries of the coverage logs that are new or have ended since the last call, by probe."""
+        with self._lock:
+            result = []
+            for consumer in self._consumers.values():
+                if consumer.unsent:
+                    result.append((consumer.probe, [copy.copy(e) for e in consumer.unsent.values()]))
+                    consumer.unsent = {}
             return result
 
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
@@ -328,7 +384,7 @@ class Table:
                         continue
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
-                    consumer.targets[key] = TargetState(
+                    target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
                         comm=comm or (known.comm if known else ""),
@@ -338,7 +394,7 @@ class Table:
                         addr=report.addr,
                         state=state,
                         cause=cause,
-                        hook=hook.removesuffix("-late"),
+                        hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
                         may_have_missed=bool(missed) and state == "armed",
                         reason=report.reason,
@@ -346,8 +402,37 @@ class Table:
                     )
                     consumer.changed.add(key)
                     changed = True
+                    consumer.end(key, since)
+                    if state == "armed":
+                        consumer.begin(key, target)
         if changed:
             self._on_change()
+
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        now = time.time_ns()
+        cause, _, hook = cause.partition(":")
+        facts = process.facts(pid)
+        parents = self._parents(ProcessId(pid, facts.start_time)) if facts is not None else {}
+        with self._lock:
+            for plan, consumer in self._now.by_file.get(file, ()):
+                if facts is not None and not consumer.selector.matches(facts, parents):
+                    continue
+                target = TargetState(
+                    pid=pid,
+                    start_time=facts.start_time if facts else 0,
+                    comm=facts.comm if facts else "",
+                    site=plan.site,
+                    path=plan.path,
+                    offset=plan.offset,
+                    state="gone",
+                    cause=cause,
+                    hook=_LATE_HOOKS.get(hook, hook),
+                    since_ns=now,
+                    may_have_missed=True,
+                    message=_MISSED[hook],
+                )
+                consumer.begin((pid, target.start_time, plan.site, 0), target)
+        self._on_change()
 
     def is_wanted(self, plan: SitePlan) -> bool:
         now = self._now
@@ -365,6 +450,7 @@ class Table:
         self.on_exit(identity, status)
 
     def _gone(self, identity: tuple[int, int]) -> None:
+        now = time.time_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._consumers.values():
@@ -372,6 +458,7 @@ class Table:
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
                         consumer.changed.add(key)
+                        consumer.end(key, now)
         self._on_change()
 
 

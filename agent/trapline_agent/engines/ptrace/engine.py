@@ -134,12 +134,6 @@ class PtraceEngine:
                 if thread is not None:
                     self._unmap(pid, thread)
 
-    def awaits(self, pid: int) -> bool:
-        """Whether a mapper of a process is waited for: what it maps will be looked at before it runs."""
-        with self._lock:
-            process = self._processes.get(pid)
-        return process is not None and bool(process.awaited)
-
     def _unmap(self, pid: int, thread: TraceThread) -> None:
         with self._lock:
             if self._threads.get(pid) is thread:

@@ -516,6 +516,8 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is None:
             return False
+        if process.awaited and cause.startswith("mmap"):
+            return True  # the mapper stops before it runs what it maps, and it is looked at then
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
@@ -574,8 +576,11 @@ class TraceThread(threading.Thread):
                     self._group.settle_all(process)
                 process.awaited.pop(thread.tid, None)
                 self._reconcile(process, awaited.mapper.cause())
-        except TimeoutError:
-            process.awaited.pop(thread.tid, None)
+        except TimeoutError as e:
+            log.warning("process %d maps a probed file and is not armed in time: %s", process.id.pid, e)
+            if (given_up := process.awaited.pop(thread.tid, None)) is not None:
+                mapper = given_up.mapper
+                self._observer.missed(mapper.pid, mapper.file, f"{mapper.event}:unsettled")
             self._engine.unsettled(process)
         finally:
             thread.held = False
