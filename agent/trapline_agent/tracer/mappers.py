@@ -26,8 +26,8 @@ from collections.abc import Callable, Mapping
 
 from trapline_agent.kernel import fanotify
 from trapline_agent.plans import FileKey
-from trapline_agent.tracer.answerer import DEADLINE_S, REQUEST, TOLD, Kind
 from trapline_agent.targets import maps
+from trapline_agent.tracer.answerer import DEADLINE_S, REQUEST, TOLD, Kind
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,10 @@ class Held:
 
     def cause(self) -> str:
         """Says what found the mapping, once the thread has gone on; ``-late`` where it may have run before it was stopped.
-        Waits a moment for the answerer's word: only it knows whether it was told in time."""
+        Waits a moment for the answerer's word: only it knows whether it was told in time. A new image stops in any case, if
+        it was seized before its execve ended."""
+        if self.event == "exec":
+            return "exec:fanotify"
         self.answered.wait(_ANSWERED_S)
         return f"{self.event}:fanotify{'-late' if self.late else ''}"
 
@@ -190,7 +193,7 @@ class MapperHook:
         return answerer
 
     def _give_up(self) -> None:
-        """The answerer has ended, and the marks with it. Another one takes its place, unless that happens again and again."""
+        """The answerer has ended, and the marks with it. Another one takes its place, unless it keeps happening."""
         self._forget_answerer()
         self._ends += 1
         if self._ends >= _MAX_ENDS:

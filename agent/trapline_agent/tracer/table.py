@@ -94,7 +94,7 @@ class Consumer:
                     self.held[plan.file] = os.open(plan.path, os.O_PATH | os.O_CLOEXEC)
 
     def begin(self, key: tuple[int, int, int, int], target: TargetState) -> None:
-        """Enters into the coverage log that a target is armed; or (``state`` gone) that it was not when it should have been."""
+        """Enters into the coverage log that a target is armed; or (``state`` gone) that it was not when it was due."""
         entry = CoverageEntry(
             number=self.logged,
             pid=target.pid,
