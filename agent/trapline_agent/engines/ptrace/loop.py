@@ -109,7 +109,13 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
-        self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
+        self._group = Group(
+            self._waiter,
+            reaper,
+            self._handle,
+            lambda process: engine.adopted(process, self),
+            hurried=lambda: bool(self._commands),
+        )
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
