@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -20,15 +21,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.host import Files
+from tests.engines.host import Files, Host
 from tests.engines.test_tracer import TRACER, connected, path, tracer
 from tests.support import needs
 from tests.support.children import TIMEOUT_S, Child, run
 from tests.support.targets import Targets
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.kernel import ptrace
 from trapline_agent.plans import SitePlan
+from trapline_agent.targets.files import file_key_of
+from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.answerer import DEADLINE_S
 from trapline_agent.tracer.client import TracerClient
+from trapline_agent.tracer.mappers import Held, MapperHook
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 __all__ = ["path"]
@@ -60,8 +66,8 @@ class Watched:
         self.news = asyncio.Event()
 
     def account(self, calls: int, of_each: int, at_most: int = 10) -> None:
-        """Asserts that every call was counted, but for those that the coverage log gives away: on a machine that is busy with
-        other things a few mappers may meet the deadline."""
+        """Asserts that every call was counted, but for those that the coverage log gives away: on a machine that is busy
+        with other things a few mappers may meet the deadline."""
         late = [e for e in self.log.values() if e.may_have_missed]
         missing = calls - self.hits
         assert 0 <= missing <= of_each * len(late), (missing, late)
@@ -310,3 +316,85 @@ async def test_where_the_file_system_cannot_a_later_hook_stands_in_and_says_so(p
                 child.ask("call 5")
             assert (target.hook, target.may_have_missed) == ("perf-mmap", True)
             assert seen.hits == 5
+
+
+@needs.root
+async def test_without_perf_and_fanotify_other_hooks_stand_in_and_say_so(
+    path: Path, targets: Targets, tmp_path: Path
+) -> None:
+    """A tracer without the capabilities that those need; the host's facts say which hooks work and why not."""
+    program = targets.build("execs")
+    command = ["setpriv", "--bounding-set=-sys_admin,-perfmon", "--inh-caps=-sys_admin,-perfmon", *TRACER, str(path)]
+    child = Child(command, ready=None)
+    try:
+        async with connected(path, child) as client:
+            hooks = {name: (works, why) for name, works, why in client.ready.hooks}
+            assert not hooks["perf-mmap"][0]
+            assert not hooks["fanotify"][0]
+            assert "CAP_SYS_ADMIN" in hooks["fanotify"][1]
+            assert hooks["proc-connector"] == (True, "")
+            seen = Watched(client)
+            reading = asyncio.create_task(seen.read())
+            await client.register("p", generation=1, sites=["s"], plans=[Files().plan(program, "target_execs")])
+            with Child([program]) as target:
+                found = await until(seen, "armed", target.pid)
+                await asyncio.to_thread(target.ask, "call 7")
+            assert (found.cause, found.hook, found.may_have_missed) == ("exec", "proc-connector", True)
+            await client.unregister("p")
+            reading.cancel()
+    finally:
+        child.signal(signal.SIGTERM)
+        child.wait()
+        child.kill()
+
+
+@needs.fanotify
+def test_processes_that_are_not_meant_are_neither_held_nor_touched(
+    targets: Targets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, calls = targets.build("once"), Calls(tmp_path)
+    meant, unrelated = targets.copy(targets.library()), targets.copy(targets.library())
+    seized: list[int] = []
+    held: list[Held] = []
+    seize = ptrace.seize
+    monkeypatch.setattr(ptrace, "seize", lambda tid, *options: (seized.append(tid), seize(tid, *options))[1])
+    host = Host(PtraceEngine)
+
+    def hold(mapper: Held) -> bool:
+        held.append(mapper)
+        return host.engine.await_mapper(mapper)  # type: ignore[attr-defined,no-any-return]
+
+    hook = MapperHook(is_meant=host.table.is_meant, hold=hold, on_late=lambda mapper: None, on_lost=lambda: None)
+    try:
+        probe = host.register(host.files.plan(meant, "dlfn"), comm="another")
+        hook.sync(host.table.descriptors(), host.table.loaders())
+        for library in (unrelated, meant):
+            for _ in range(10):
+                assert run([program, calls.file, "5", library]).returncode == 0
+        assert (held, seized) == ([], [])
+
+        probe.unregister()
+        probe = host.register(host.files.plan(meant, "dlfn"), comm="once")
+        hook.sync(host.table.descriptors(), host.table.loaders())
+        assert run([program, calls.file, "5", meant]).returncode == 0
+        assert (len(held), len(seized), probe.hits) == (1, 1, 5)
+    finally:
+        hook.close()
+        host.close()
+
+
+@needs.fanotify
+def test_files_that_nearly_everybody_maps_are_never_held(targets: Targets) -> None:
+    hook = MapperHook(is_meant=lambda pid, file: True, hold=lambda mapper: True, on_late=print, on_lost=lambda: None)
+    libc = next(Path(m.path) for m in executable_mappings(os.getpid()) if "libc" in m.path)
+    with contextlib.ExitStack() as stack:
+        wanted = {}
+        for path in (libc, LOADER, Path(sys.executable).resolve()):
+            fd = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            wanted[file_key_of(fd, str(path))] = fd
+        hook.sync(wanted, {})
+        assert hook.refused.keys() == wanted.keys()
+        assert all(hook.refused.values())
+        assert hook.pid == 0
+        hook.close()

@@ -28,7 +28,7 @@ from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
-from trapline_agent.tracer.hooks import MappingHook
+from trapline_agent.tracer.hooks import ExecHook, MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.mappers import Held, MapperHook
 from trapline_agent.tracer.scan import scan
@@ -92,6 +92,14 @@ class Tracer:
             on_failure=lambda: self._post(self._stop),
         )
         self._hooked = self._hook.start()
+        self._execs = ExecHook(
+            on_exec=self._exec_told,
+            on_lost=lambda: self._post_once("lost", self._reconcile_all),
+        )
+        # Two streams would tell of the same thing; the other one tells of more.
+        self._exec_state = "stands by: perf-mmap tells of more" if self._execs.available and self._hooked else ""
+        if self._hooked or not self._execs.start():
+            self._execs.close()
         self._mappers = MapperHook(
             is_meant=self._table.is_meant,
             hold=self._engine.await_mapper,
@@ -148,6 +156,7 @@ class Tracer:
             self._safely(self._end_commands)
             self._safely(self._shipper.close)
             self._safely(self._hook.close)
+            self._safely(self._execs.close)
             self._safely(self._mappers.close)
             self._safely(self._path.unlink, True)
 
@@ -297,6 +306,7 @@ class Tracer:
                 ("loader", self._capabilities.available, ""),
                 (self._mappers.name, self._mappers.available, self._mappers.reason),
                 (self._hook.name, self._hooked, self._hook.reason),
+                (self._execs.name, self._execs.available, self._execs.reason or self._exec_state),
                 ("reconcile", True, ""),
             ],
             probes=[c.probe for c in self._table.consumers],
@@ -399,6 +409,11 @@ class Tracer:
             self._mapped_due.setdefault(pid, time.monotonic() + _LOADER_GRACE_S)
         else:
             self._reconcile_pid(pid, "mmap:perf-mmap")
+
+    def _exec_told(self, pid: int) -> None:
+        """News of the connector, on its thread. A process that is followed has told of it itself, and is as it should be."""
+        if self._table.files():
+            self._post_once((pid, "exec"), lambda: self._reconcile_pid(pid, "exec:proc-connector"))
 
     def _reconcile_pid(self, pid: int, cause: str) -> None:
         with contextlib.suppress(OSError):
