@@ -33,7 +33,7 @@ from trapline_agent.kernel.process import die_with_parent, lock_memory
 
 DEADLINE_S = 1.0
 _MAX_WAITING = 64
-"""So many may wait for the tracer; those beyond are answered at once."""
+"""So many may wait for the tracer; those beyond are answered at once, and told as late."""
 REQUEST = struct.Struct("=BQ")
 """Kind, number."""
 TOLD = struct.Struct("=BQiiiQQQ")
@@ -108,7 +108,7 @@ class Answerer:
     def _look_at(self, access: fanotify.Access) -> None:
         read = time.monotonic()
         kind, pid = None, 0
-        if access.tid > 0 and len(self._waiting) < _MAX_WAITING:
+        if access.tid > 0:
             try:
                 kind, pid = self._maps(access)
             except (ProcessLookupError, FileNotFoundError, KeyError):
@@ -121,7 +121,12 @@ class Answerer:
         self._last += 1
         file = os.fstat(access.fd)
         self._waiting[self._last] = _Waiting(access, read + DEADLINE_S)
+        crowded = len(self._waiting) > _MAX_WAITING
+        if crowded:
+            read -= DEADLINE_S
         self._tell(kind, self._last, 0, pid, access.tid, file.st_dev, file.st_ino, int(read * 1e9))
+        if crowded:
+            self._allow(self._last, late=True)
 
     def _maps(self, access: fanotify.Access) -> tuple[Kind | None, int]:
         """Returns how a thread is about to map the file executable, or None, and its process."""
@@ -199,7 +204,10 @@ def main() -> None:
     answerer = Answerer(socket.socket(fileno=int(sys.argv[1])))
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
-    lock_memory()
+    try:
+        lock_memory()
+    except OSError as e:
+        sys.exit(f"trapline-answerer: its memory cannot be locked, so that it could hold up the host: {e.strerror}")
     answerer.run()
 
 

@@ -387,6 +387,7 @@ class Tracer:
         finds it, and who is not has mapped the file before, and is found by the look that follows."""
         before = self._mappers.pid
         self._safely(self._mappers.sync, self._table.descriptors(), self._table.loaders())
+        self._table.unheld = self._mappers.refused
         if self._mappers.pid != before:
             self._spare(self._spared)
 

@@ -42,7 +42,8 @@ _PONG_S = 1.0
 _START_S = 10.0
 _MAX_ENDS = 3
 """After so many ends of answerers it is given up."""
-_SHARED = re.compile(r"(ld|libc)[-.][^/]*so[^/]*$|ld-[^/]*$")
+_SHARED = re.compile(r"(ld|libc)[-.].*so")
+"""Names of dynamic loaders and C libraries, in containers too."""
 
 
 class Held:
@@ -164,7 +165,7 @@ class MapperHook:
         path = os.readlink(f"/proc/self/fd/{fd}")
         if file in own:
             return "Trapline itself has it mapped"
-        if file in loaders or _SHARED.search(os.path.basename(path)):
+        if file in loaders or _SHARED.match(os.path.basename(path)):
             return "nearly every process of the host maps it"
         if os.fstat(fd).st_ino != file.inode:
             return f"{path} leads to another file here"
@@ -178,8 +179,10 @@ class MapperHook:
         except OSError as e:
             if e.errno == errno.EOPNOTSUPP:
                 return "its file system has no pre-access events (tmpfs and overlayfs have none)"
-            if self._answerer is None or self._answerer.ended:
-                self.reason = f"the answerer does not work: {e.strerror or e}"
+            if self._answerer is None:
+                self.reason = f"the answerer cannot be started: {e.strerror or e}"
+            elif self._answerer.ended:
+                return ""  # it is told of by ``on_lost``, and all is marked again then
             return str(e.strerror or e)
         if file not in self._marked:
             self._marked[file] = os.dup(fd)
@@ -214,6 +217,9 @@ class MapperHook:
         if key is None or not self._is_meant(held.pid, key):  # or it is gone
             return False
         held.file = key
+        if held.answered.is_set():
+            self._on_late(held)
+            return False
         try:
             return self._hold(held)
         except OSError as e:

@@ -162,6 +162,8 @@ class Table:
         self._lock = threading.Lock()
         self._on_change = on_change
         self.self_pids: frozenset[int] = frozenset()
+        self.unheld: Mapping[FileKey, str] = {}
+        """Files whose mappers cannot be held, and why."""
         self.on_exit: Callable[[ProcessId, int | None], None] = lambda identity, status: None
 
     # --- control thread ----------------------------------------------------------------------------------------------
@@ -367,6 +369,7 @@ class Table:
         cause, _, hook = cause.partition(":")
         hook = hook or _HOOKS[cause]
         missed = _MISSED.get(hook, "")
+        unheld = self.unheld
         facts = process.facts(identity.pid)
         parents = self._parents(identity)
         changed = False
@@ -398,7 +401,8 @@ class Table:
                         since_ns=since,
                         may_have_missed=bool(missed) and state == "armed",
                         reason=report.reason,
-                        message=report.message or (missed if state == "armed" else ""),
+                        message=report.message
+                        or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
                     )
                     consumer.changed.add(key)
                     changed = True
@@ -460,6 +464,10 @@ class Table:
                         consumer.changed.add(key)
                         consumer.end(key, now)
         self._on_change()
+
+
+def _why_missed(missed: str, unheld: str | None) -> str:
+    return f"{missed}; it is not held before, since {unheld}" if missed and unheld else missed
 
 
 def _same_terms(one: Register, other: Register) -> bool:

@@ -31,6 +31,7 @@ from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.kernel.procfs import Whereabouts
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -569,6 +570,9 @@ class TraceThread(threading.Thread):
                 process.lingering = not process.memory.sites
                 raise TimeoutError(f"thread {mapper.tid} may have mapped the file already")
             ptrace.interrupt(mapper.tid)
+        elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
+            process.lingering = not process.memory.sites
+            raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
         process.awaited[mapper.tid] = Awaited(mapper, seized)
         process.lingering = False
 
