@@ -26,14 +26,18 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from enum import IntEnum
 
 from trapline_agent.kernel import fanotify, procfs
 from trapline_agent.kernel.process import die_with_parent, lock_memory
 
 DEADLINE_S = 1.0
-_MAX_WAITING = 64
+_MAX_WAITING = 256
 """So many may wait for the tracer; those beyond are answered at once, and told as late."""
+_ASLEEP_S = 0.1
+_LOOK_AGAIN_S = 0.0001
+_MAX_UNSENT = 100_000
 REQUEST = struct.Struct("=BQ")
 """Kind, number."""
 TOLD = struct.Struct("=BQiiiQQQ")
@@ -80,6 +84,8 @@ class Answerer:
         self._spared = frozenset((os.getpid(), os.getppid()))
         self._waiting: dict[int, _Waiting] = {}
         self._last = 0
+        self._unsent: deque[bytes] = deque()
+        """What the tracer has not been told yet."""
 
     def run(self) -> None:
         """Returns when the tracer has closed its end."""
@@ -89,9 +95,11 @@ class Answerer:
         while True:
             due = min((w.deadline for w in self._waiting.values()), default=None)
             timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000
-            for fd, _ in poll.poll(timeout):
+            poll.modify(self._tracer, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            for fd, ready in poll.poll(timeout):
                 if fd != self._group.fd:
-                    if not self._request():
+                    self._send()
+                    if ready & ~select.POLLOUT and not self._request():
                         return
                     continue
                 for event in self._group.read():
@@ -133,12 +141,26 @@ class Answerer:
         pid = int(procfs.status(access.tid, "Tgid")["Tgid"])
         if pid in self._spared:
             return None, pid
-        call = procfs.read(f"/proc/{pid}/task/{access.tid}/syscall").split()
+        call = self._call_of(pid, access.tid)
+        if call is None:
+            return Kind.MMAP, pid
         if call[0] == _SYS_MMAP:
             return (Kind.MMAP if int(call[3], 16) & _PROT_EXEC else None), pid
         if call[0] in _EXECS and self._is_fresh_image(pid, access.fd):
             return Kind.EXEC, pid
         return None, pid
+
+    @staticmethod
+    def _call_of(pid: int, tid: int) -> list[bytes] | None:
+        """Returns the number and arguments of the system call that a thread waits in. On a busy machine we are told of it
+        before it has gone to sleep, and the kernel says no more than that it runs; None where that lasts."""
+        give_up = time.monotonic() + _ASLEEP_S
+        while time.monotonic() < give_up:
+            call = procfs.read(f"/proc/{pid}/task/{tid}/syscall").split()
+            if call[0] != b"running":
+                return call
+            time.sleep(_LOOK_AGAIN_S)
+        return None
 
     def _is_fresh_image(self, pid: int, fd: int) -> bool:
         """Whether a process in execve has left its old image and has none of the file's segments yet. Before that it must
@@ -168,9 +190,20 @@ class Answerer:
         ino: int = 0,
         ns: int = 0,
     ) -> None:
-        # A tracer that does not read will be heard of again when it does: what waits is answered at the deadline.
-        with contextlib.suppress(OSError):
-            self._tracer.send(TOLD.pack(kind, number, error, pid, tid, dev, ino, ns), socket.MSG_DONTWAIT)
+        if len(self._unsent) < _MAX_UNSENT:  # else it has been stopped for long, and all that it would hear is old
+            self._unsent.append(TOLD.pack(kind, number, error, pid, tid, dev, ino, ns))
+        self._send()
+
+    def _send(self) -> None:
+        """Sends what the socket takes, which is a few datagrams; never waits for the tracer."""
+        try:
+            while self._unsent:
+                self._tracer.send(self._unsent[0], socket.MSG_DONTWAIT)
+                self._unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()  # it has ended, as the next read will say
 
     def _request(self) -> bool:
         data, fds, _, _ = socket.recv_fds(self._tracer, 1 << 16, 1)

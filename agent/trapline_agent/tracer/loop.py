@@ -354,6 +354,7 @@ class Tracer:
         self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())
 
     def _unregister(self, probe: str) -> None:
+        self._send_targets()  # what the table knows of it goes with it
         consumer = self._table.withdraw(probe)
         if consumer is None:
             return

@@ -214,17 +214,20 @@ class MapperHook:
     def _told(self, held: Held, file: tuple[int, int]) -> bool:
         """On the worker: has a waiting thread's process followed where something is wanted there."""
         key = self._by_stat.get(file)
-        if key is None or not self._is_meant(held.pid, key):  # or it is gone
+        if key is None:
             return False
         held.file = key
-        if held.answered.is_set():
+        if held.answered.is_set() or time.monotonic() > held.deadline:
+            # Not asked who it is: it may have ended by now, and its calls with it.
             self._on_late(held)
+            return False
+        if not self._is_meant(held.pid, key):
             return False
         try:
             return self._hold(held)
         except OSError as e:
             # Gone, traced by another, or we were too slow: a look after the fact says what became of it.
-            log.warning("process %d is not followed as it maps: %s", held.pid, e)
+            log.info("process %d is not followed as it maps: %s", held.pid, e)
             self._on_late(held)
             return False
 
