@@ -7,7 +7,7 @@ late answer would hold up the host; so this is a process of its own, which does 
 - it dies with the tracer; the tracer ends it when it does not answer a ping;
 - its memory is locked, its modules are loaded before the first mark, and it opens no file but in /proc afterwards;
 - Trapline's own processes are answered at once, and so is whoever only reads;
-- what the tracer has not answered within ``DEADLINE_S`` is answered here, and told as late.
+- what the tracer does not answer is answered here, by a deadline, and told as late.
 
 Which moment of an execve it is matters: while its header is read, the caller holds ``cred_guard_mutex``, which a seize
 waits for. It is given up before the new image's first segment is mapped (fs/exec.c, setup_new_exec; docs/adr/0007).
@@ -33,6 +33,9 @@ from trapline_agent.kernel import fanotify, procfs
 from trapline_agent.kernel.process import die_with_parent, lock_memory
 
 DEADLINE_S = 1.0
+"""So long the tracer may be silent while somebody waits for it. One that works through many who wait is not silent."""
+LIMIT_S = 5.0
+"""So long anybody waits at most."""
 _MAX_WAITING = 256
 """So many may wait for the tracer; those beyond are answered at once, and told as late."""
 _ASLEEP_S = 0.1
@@ -70,9 +73,9 @@ class Kind(IntEnum):
 
 
 class _Waiting:
-    def __init__(self, access: fanotify.Access, deadline: float) -> None:
+    def __init__(self, access: fanotify.Access, read: float) -> None:
         self.access = access
-        self.deadline = deadline
+        self.read = read
 
 
 class Answerer:
@@ -84,6 +87,8 @@ class Answerer:
         self._spared = frozenset((os.getpid(), os.getppid()))
         self._waiting: dict[int, _Waiting] = {}
         self._last = 0
+        self._heard = 0.0
+        """When the tracer last allowed somebody."""
         self._unsent: deque[bytes] = deque()
         """What the tracer has not been told yet."""
 
@@ -93,7 +98,7 @@ class Answerer:
         poll.register(self._group.fd, select.POLLIN)
         poll.register(self._tracer, select.POLLIN)
         while True:
-            due = min((w.deadline for w in self._waiting.values()), default=None)
+            due = min((self._due(w) for w in self._waiting.values()), default=None)
             timeout = None if due is None else max(0.0, due - time.monotonic()) * 1000
             poll.modify(self._tracer, select.POLLIN | (select.POLLOUT if self._unsent else 0))
             for fd, ready in poll.poll(timeout):
@@ -108,8 +113,11 @@ class Answerer:
                     else:
                         self._look_at(event)
             now = time.monotonic()
-            for number in [n for n, w in self._waiting.items() if now >= w.deadline]:
+            for number in [n for n, w in self._waiting.items() if now >= self._due(w)]:
                 self._allow(number, late=True)
+
+    def _due(self, waiting: _Waiting) -> float:
+        return min(max(waiting.read, self._heard) + DEADLINE_S, waiting.read + LIMIT_S)
 
     # --- who waits ---------------------------------------------------------------------------------------------------
 
@@ -128,10 +136,10 @@ class Answerer:
             return
         self._last += 1
         file = os.fstat(access.fd)
-        self._waiting[self._last] = _Waiting(access, read + DEADLINE_S)
+        self._waiting[self._last] = _Waiting(access, read)
         crowded = len(self._waiting) > _MAX_WAITING
         if crowded:
-            read -= DEADLINE_S
+            read -= LIMIT_S
         self._tell(kind, self._last, 0, pid, access.tid, file.st_dev, file.st_ino, int(read * 1e9))
         if crowded:
             self._allow(self._last, late=True)
@@ -212,6 +220,7 @@ class Answerer:
         kind, number = REQUEST.unpack_from(data)
         error = 0
         if kind == Kind.ALLOW:
+            self._heard = time.monotonic()
             self._allow(number, late=False)
             return True
         if kind == Kind.SPARE:

@@ -27,13 +27,13 @@ from collections.abc import Callable, Mapping
 from trapline_agent.kernel import fanotify
 from trapline_agent.plans import FileKey
 from trapline_agent.targets import maps
-from trapline_agent.tracer.answerer import DEADLINE_S, REQUEST, TOLD, Kind
+from trapline_agent.tracer.answerer import DEADLINE_S, LIMIT_S, REQUEST, TOLD, Kind
 
 log = logging.getLogger(__name__)
 
-_SEIZE_WITHIN_S = 0.8 * DEADLINE_S
-"""A mapper is not stopped later than this after it was seen to wait: it might have gone on and be blocked elsewhere, where a
-stop would be felt (EINTR, semantics P5)."""
+_MARGIN = 0.8
+"""A mapper is not stopped later than this part of the answerer's deadlines: it might have gone on and be blocked elsewhere,
+where a stop would be felt (EINTR, semantics P5)."""
 _ANSWERED_S = 0.2
 """How long the confirmation may take that it was us who let a mapper go on."""
 _PING_S = 0.5
@@ -49,12 +49,14 @@ _SHARED = re.compile(r"(ld|libc)[-.].*so")
 class Held:
     """One thread that waits in mmap or execve; the engine's threads ask it how it went."""
 
-    def __init__(self, event: str, pid: int, tid: int, deadline: float) -> None:
+    def __init__(self, event: str, pid: int, tid: int, read: float) -> None:
         self.event = event
         self.pid = pid
+        self.read = read
+        """CLOCK_MONOTONIC seconds at which it was seen to wait."""
         self.tid = tid
         self.file = FileKey("", 0)
-        self.deadline = deadline
+        self.deadline = read
         """CLOCK_MONOTONIC seconds after which the thread must not be stopped any more."""
         self.late = True
         self.answered = threading.Event()
@@ -355,7 +357,7 @@ class _Answerer:
             if reply is not None:
                 reply.put(error)
         elif kind in (Kind.MMAP, Kind.EXEC):
-            held = Held("mmap" if kind == Kind.MMAP else "exec", pid, tid, ns / 1e9 + _SEIZE_WITHIN_S)
+            held = Held("mmap" if kind == Kind.MMAP else "exec", pid, tid, ns / 1e9)
             self._held[number] = held
             self._work.put((number, held, (dev, ino)))
         elif kind == Kind.ANSWERED:
@@ -377,11 +379,15 @@ class _Answerer:
     # --- the thread that has mappers followed ------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        allowed = 0.0
         while (item := self._work.get()) is not None:
             number, held, file = item
+            # The answerer counts from our last sign of life; this is a little stricter.
+            held.deadline = min(held.read + _MARGIN * LIMIT_S, max(held.read, allowed) + _MARGIN * DEADLINE_S)
             try:
                 self._told(held, file)
             except Exception:
                 log.exception("the mapper %d failed", held.tid)
+            allowed = time.monotonic()
             with contextlib.suppress(OSError):
                 self._socket.send(REQUEST.pack(Kind.ALLOW, number))
