@@ -37,6 +37,7 @@ from websockets.typing import Subprotocol
 
 from trapline.errors import AuthError, NotFound, ProtocolError, TraplineError, Unavailable
 from trapline.model import (
+    CoverageLog,
     Hit,
     Host,
     Model,
@@ -441,6 +442,10 @@ class Client(_Base):
         """Returns where a probe is armed, and where not and why."""
         return self._run(_all(Target, f"/probes/{_segment(probe)}/targets"))
 
+    def coverage(self, probe: str) -> list[CoverageLog]:
+        """Returns when a probe was armed in which process, and where calls may have been missed; one log a host."""
+        return self._run(_all(CoverageLog, f"/probes/{_segment(probe)}/coverage"))
+
     def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         """Returns the latest recorded hits, newest last."""
         return self._run(_latest_hits(probe, host, limit))
@@ -563,6 +568,10 @@ class AsyncClient(_Base):
 
     async def targets(self, probe: str) -> list[Target]:
         return await self._run(_all(Target, f"/probes/{_segment(probe)}/targets"))
+
+    async def coverage(self, probe: str) -> list[CoverageLog]:
+        """See ``Client.coverage``."""
+        return await self._run(_all(CoverageLog, f"/probes/{_segment(probe)}/coverage"))
 
     async def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         return await self._run(_latest_hits(probe, host, limit))

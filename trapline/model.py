@@ -156,6 +156,8 @@ class Target(Model):
     state: TargetState
     engine: str = ""
     cause: Cause = Cause.SCAN
+    hook: str = ""
+    """Who told of the mapping; the host's facts list the hooks."""
     since: datetime | None = None
     may_have_missed: bool = False
     """True where calls may have run between the mapping and the arming."""
@@ -165,6 +167,39 @@ class Target(Model):
     """Share of the time since ``since`` in which it was armed; below 1 where it is throttled or tripped."""
     uncovered_ms: int = 0
     """Milliseconds in which it was not armed, since it was over its budget: what happened then nobody counted."""
+
+
+class CoverageEntry(Model):
+    """A stretch of time in which a target was armed; or a moment (``addr`` 0) at which it should have been and was not."""
+
+    host: str = ""
+    pid: int
+    start_time: int = 0
+    """Clock ticks after boot, proc_pid_stat(5) field 22."""
+    comm: str = ""
+    module: str = ""
+    symbol: str = ""
+    addr: int = 0
+    cause: Cause = Cause.SCAN
+    hook: str = ""
+    """Who told of the mapping; the host's facts list the hooks."""
+    armed_at: datetime
+    disarmed_at: datetime | None = None
+    """None: it is armed still."""
+    may_have_missed: bool = False
+    """True: calls may have run before ``armed_at``, for the reason in ``message``."""
+    message: str = ""
+
+
+class CoverageLog(Model):
+    """A probe's coverage on one host, oldest first: what its counts can be relied on for."""
+
+    host: str
+    entries: list[CoverageEntry] = Field(default_factory=list)
+    forgotten: int = 0
+    """Entries that are no longer kept; they were older."""
+    error: dict[str, Any] | None = None
+    """An error's wire form where the host could not be asked."""
 
 
 class Counters(Model):

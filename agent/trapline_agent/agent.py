@@ -298,6 +298,8 @@ class Agent:
                 module, query = str(params.get("module", "")), str(params.get("q", ""))
                 page = await asyncio.to_thread(self._resolver.search_symbols, module, query, limit)
                 return page.model_dump(mode="json")
+            if request.method == "coverage":
+                return self._reconciler.coverage(str(params["probe"])).model_dump(mode="json")
             modules: list[Module] = await asyncio.to_thread(self._resolver.modules, int(params.get("pid", 0)))
             return {"modules": [module.model_dump(mode="json") for module in modules]}
         except (KeyError, TypeError, ValueError, ValidationError) as e:

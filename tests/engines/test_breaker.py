@@ -65,7 +65,7 @@ def is_in(child: Child, program: Path) -> bool:
     return any(now == 0xCC for _, now in altered_bytes(child.pid, [program]).values())
 
 
-def test_what_costs_too_much_is_out_for_a_part_of_the_time(host: Host, targets: Targets) -> None:
+def test_s4_what_costs_too_much_is_out_for_a_part_of_the_time(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child, untouched(child.pid):
         probe = host.register(host.files.plan(program, "target_hot"))
@@ -99,7 +99,7 @@ def test_what_costs_too_much_is_out_for_a_part_of_the_time(host: Host, targets: 
         host.engine.close()
 
 
-def test_what_stays_too_much_trips_and_is_tried_again(host: Host, targets: Targets) -> None:
+def test_s4_what_stays_too_much_trips_and_is_tried_again(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "1") as child, untouched(child.pid):
         probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)

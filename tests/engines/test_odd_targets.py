@@ -58,7 +58,7 @@ def untouched_memory(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("compiler", "flags"), STATIC)
-def test_other_libraries_and_none(host: Host, targets: Targets, compiler: str, flags: tuple[str, ...]) -> None:
+def test_p9_other_libraries_and_none(host: Host, targets: Targets, compiler: str, flags: tuple[str, ...]) -> None:
     program = targets.build("hot", *flags, compiler=compiler)
     with Child([program, "4"]) as child, untouched(child.pid):
         probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
@@ -87,7 +87,7 @@ def test_a_library_that_musl_opens_is_armed_before_it_runs(host: Host, targets: 
         assert not any(t.may_have_missed for t in probe.targets)
 
 
-def test_a_32_bit_process_is_refused(host: Host, targets: Targets) -> None:
+def test_p9_a_32_bit_process_is_refused(host: Host, targets: Targets) -> None:
     """It maps 64-bit code all the same: as data, which is the only way."""
     flags = ("-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pic", "-no-pie", "-fno-stack-protector")
     mapped = targets.build("hot")
@@ -209,7 +209,7 @@ def test_other_code_at_the_address_is_not_written_to(host: Host, targets: Target
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_code_that_moves_takes_the_breakpoint_along(host: Host, targets: Targets, told: bool) -> None:
+def test_r12_code_that_moves_takes_the_breakpoint_along(host: Host, targets: Targets, told: bool) -> None:
     program = targets.build("mappings")
     with targets.run("mappings") as child:
         probe = host.register(host.files.plan(program, "page_first"), pid=child.pid)
@@ -277,7 +277,7 @@ PLACES = {
 
 @needs.mounts
 @pytest.mark.parametrize("place", PLACES)
-def test_files_in_namespaces_of_their_own(host: Host, targets: Targets, tmp_path: Path, place: str) -> None:
+def test_p8_files_in_namespaces_of_their_own(host: Host, targets: Targets, tmp_path: Path, place: str) -> None:
     """Its path leads elsewhere here, or nowhere, and on overlayfs stat(2) and the maps differ (semantics P8)."""
     here = targets.copy(targets.build("hot"))
     there = targets.copy(targets.build("hot", "-static"))
@@ -424,7 +424,7 @@ def test_a_leader_that_ends_while_it_is_followed(host: Host, targets: Targets) -
 # --- children and images ----------------------------------------------------------------------------------------------
 
 
-def test_a_child_that_asked_not_to_be_followed(host: Host, targets: Targets) -> None:
+def test_p7_a_child_that_asked_not_to_be_followed(host: Host, targets: Targets) -> None:
     """CLONE_UNTRACED: the kernel tells of no such child, which has its parent's breakpoints. It is safe from the next look
     at the host's processes on; see docs/architecture/odd-targets.md for what happens before."""
     program = targets.build("odd")
@@ -458,7 +458,7 @@ NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
 @needs.root
-def test_a_setuid_program_keeps_its_privileges(host: Host, targets: Targets, readable: Path) -> None:
+def test_p6_a_setuid_program_keeps_its_privileges(host: Host, targets: Targets, readable: Path) -> None:
     """The tracer has CAP_SYS_PTRACE: kernel, security/commoncap.c, cap_bprm_creds_from_file."""
     program, privileged = _setuid(targets, readable)
     with Child([*NOBODY, program]) as child:

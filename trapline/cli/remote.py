@@ -126,6 +126,41 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         _print_targets(targets, names)
 
 
+@probe_app.command("coverage")
+def coverage(probe: ProbeName, json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Show when a probe was armed in which process, what told of the process, and where calls may have been missed."""
+    with Client(url, token) as client:
+        logs = client.coverage(probe)
+        names = {} if json else {host.id: host.facts.name for host in client.hosts()}
+    if json:
+        print_json(logs)
+        return
+    rows = []
+    for log in logs:
+        name = names.get(log.host, log.host)
+        if log.error:
+            note(f"{name}: {log.error.get('detail', 'failed')}")
+        if log.forgotten:
+            note(f"{name}: {log.forgotten:,} older entries are no longer kept")
+        rows += [
+            (
+                name,
+                str(e.pid),
+                plain(e.comm),
+                e.symbol,
+                _time(e.armed_at) if e.addr else "never",
+                _time(e.disarmed_at) if e.disarmed_at else "armed",
+                f"{e.cause.value} ({e.hook})",
+                f"maybe: {e.message}" if e.may_have_missed else "none",
+            )
+            for e in log.entries
+        ]
+    if rows:
+        print_table(("HOST", "PID", "COMM", "SYMBOL", "FROM", "TO", "CAUSE (HOOK)", "MISSED BEFORE"), rows)
+    else:
+        note("it was armed nowhere yet")
+
+
 @probe_app.command("rm")
 def rm(
     probes: Annotated[list[str], typer.Argument(metavar="PROBE...", help="Names or ids.")],
@@ -222,13 +257,18 @@ def hosts(json: Json = False, url: Url = None, token: Token = None) -> None:
             "online" if host.online else "offline",
             host.process_count,
             ", ".join(e.name for e in host.facts.engines if e.available) or "none",
+            ", ".join(h.name for h in host.facts.hooks if h.available) or "none",
             f"{host.facts.kernel} {host.facts.arch}",
             host.facts.agent_user,
             host.id,
         )
         for host in found
     ]
-    print_table(("HOST", "STATE", "PROCESSES", "ENGINES", "KERNEL", "USER", "ID"), rows)
+    print_table(("HOST", "STATE", "PROCESSES", "ENGINES", "HOOKS", "KERNEL", "USER", "ID"), rows)
+    for host in found:
+        for hook in host.facts.hooks:
+            if not hook.available:
+                note(f"{host.facts.name}: no hook {hook.name}: {hook.reason}")
 
 
 def processes(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from trapline_agent.plans import SitePlan
+from trapline_agent.plans import FileKey, SitePlan
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,30 @@ class Observer(Protocol):
     def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         """Takes what changed in a process."""
 
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        """A process mapped a file and may have run what is wanted there before that could be armed, if it ever is."""
+
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
         """Takes a sample of how long the engine held a thread for one hit of a site, in ns."""
 
     def exited(self, process: ProcessId, status: int | None) -> None:
         """A process that was followed ended (wait status where known) or was let go (None)."""
+
+
+class Mapper(Protocol):
+    """A thread that waits in a system call which maps a file, and goes on when the hook that holds it is told to."""
+
+    event: str
+    """``mmap``, or ``exec``: its new image has nothing mapped yet."""
+    pid: int
+    tid: int
+    file: FileKey
+    """What it maps."""
+    deadline: float
+    """CLOCK_MONOTONIC seconds after which it may have gone on by itself, and must not be stopped any more."""
+
+    def cause(self) -> str:
+        """Asked once it has gone on and was stopped: the cause of what is armed then."""
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ from trapline.errors import ProtocolError, TraplineError, Unavailable
 from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.tracer import messages as m
 
-Event = m.Targets | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
+Event = m.Targets | m.Covered | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
 """What comes unasked; an encoded hit batch comes as bytes."""
 
 _START_TIMEOUT_S = 20.0

@@ -153,6 +153,8 @@ class TargetState(msgspec.Struct, kw_only=True, omit_defaults=True):
     state: str
     """armed, throttled, tripped, refused, gone."""
     cause: str = "scan"
+    hook: str = ""
+    """Who told of the mapping."""
     since_ns: int = 0
     """CLOCK_REALTIME."""
     may_have_missed: bool = False
@@ -169,6 +171,35 @@ class Targets(Message, tag="targets"):
 
     probe: str
     targets: list[TargetState]
+
+
+class CoverageEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A stretch of time in which a target was armed; or a moment at which it should have been and was not (``addr`` 0)."""
+
+    number: int
+    """Counts up in a probe on a tracer; an entry comes again when it has ended."""
+    pid: int
+    start_time: int
+    comm: str
+    site: int
+    path: str
+    addr: int = 0
+    cause: str = "scan"
+    hook: str = ""
+    begun_ns: int = 0
+    """CLOCK_REALTIME."""
+    ended_ns: int = 0
+    """0: it is armed still."""
+    may_have_missed: bool = False
+    """True: calls may have run before it began, for the reason in ``message``."""
+    message: str = ""
+
+
+class Covered(Message, tag="covered"):
+    """Entries of a probe's coverage log that are new or have ended."""
+
+    probe: str
+    entries: list[CoverageEntry]
 
 
 class Stats(Message, tag="stats"):
@@ -229,7 +260,7 @@ class Loaders(Message, tag="loaders"):
 
 
 ToTracer = Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
-ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
+ToAgent = Ready | Done | Targets | Covered | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises; the last is of values that are nested too deep."""

@@ -31,6 +31,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from trapline.errors import Conflict, TraplineError
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
@@ -43,17 +45,27 @@ from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
-from trapline_agent.tracer.coverage import Coverage
-from trapline_agent.tracer.messages import Register, TargetState
+from trapline_agent.tracer.coverage import CoverageLog
+from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 from trapline_agent.tracer.meters import Meters
+from trapline_agent.tracer.outages import Outages
 
 log = logging.getLogger(__name__)
 
-ASYNC = "-async"
-"""Suffix of a cause that came after the fact: calls may have run before the process was armed."""
-_MISSED = frozenset(("mmap" + ASYNC, "exec" + ASYNC, "reconcile"))
 _OVER_BUDGET = "OverBudget"
+_BACK = "it was left out while it was over its budget"
 _HELD = frozenset((State.THROTTLED.text, State.TRIPPED.text))
+_HOOKS = {"scan": "scan", "fork": "fork-exec", "exec": "fork-exec", "mmap": "loader", "reconcile": "reconcile"}
+"""Which hook a cause means that names none. A cause is ``mmap``, or ``mmap:HOOK``."""
+_MISSED = {
+    "perf-mmap": "the kernel told of the mapping after it was made",
+    "proc-connector": "the kernel told of the new image after it was made",
+    "fanotify-late": "the mapper was let go on at the deadline, before the tracer had it",
+    "unsettled": "a thread of the process stayed inside fork, clone or execve",
+    "reconcile": "a look through /proc found the mapping, some time after it was made",
+}
+"""Hooks that come after the fact: calls may have run before the process was armed, and why."""
+_LATE_HOOKS = {"fanotify-late": "fanotify", "unsettled": "fanotify"}
 _MAX_GONE = 1000
 """Targets of ended processes that a probe remembers."""
 
@@ -73,7 +85,8 @@ class Consumer:
     sinks: dict[int, Sink] = field(default_factory=dict)
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
-    coverage: Coverage = field(default_factory=Coverage)
+    outages: Outages = field(default_factory=Outages)
+    coverage: CoverageLog = field(default_factory=CoverageLog)
     source: str = field(default_factory=lambda: new_id("trc"))
     """What its hits are numbered in: a probe that is registered again begins at 0 again, in another source."""
 
@@ -109,6 +122,10 @@ class Consumer:
                 return
         if fd >= 0:
             os.close(fd)
+
+    def descriptors(self) -> list[tuple[FileKey, int]]:
+        with self._holding:
+            return [(file, fd) for file, fd in self.held.items() if fd >= 0]
 
     def close(self) -> None:
         with self._holding:
@@ -160,6 +177,8 @@ class Table:
         self.meters = Meters()
         self.verdicts = Verdicts()
         self.self_pids: frozenset[int] = frozenset()
+        self.unheld: Mapping[FileKey, str] = {}
+        """Files whose mappers cannot be held, and why."""
         self.on_exit: Callable[[ProcessId, int | None], None] = lambda identity, status: None
 
     # --- control thread ----------------------------------------------------------------------------------------------
@@ -193,6 +212,7 @@ class Table:
         with self._lock:
             # This agent may be another one than the one that was told of them.
             consumer.changed |= consumer.targets.keys()
+            consumer.coverage.tell_again()
         consumer.register = register
         consumer.add(register.plans)
         self._renew()
@@ -218,6 +238,13 @@ class Table:
         self.verdicts = self.verdicts.without(probe)
         self.meters.forget(probe)
         return consumer
+
+    def descriptors(self) -> dict[FileKey, int]:
+        """Returns an O_PATH descriptor of each probed file that could be opened. They belong to the consumers."""
+        return {file: fd for consumer in self._now.consumers for file, fd in consumer.descriptors()}
+
+    def loaders(self) -> Mapping[FileKey, SitePlan]:
+        return self._now.loaders
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
         """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
@@ -268,21 +295,28 @@ class Table:
         now_ns: int,
     ) -> None:
         state, message = (verdict.state.text, verdict.message) if verdict else ("armed", "")
-        if verdict is None and key not in consumer.coverage:
+        if verdict is None and key not in consumer.outages:
             return  # it was never out
-        consumer.coverage.mark(
+        consumer.outages.mark(
             key, out=verdict is not None and verdict.out, since_ns=judged_ns if verdict and verdict.out else now_ns
         )
         if (target.state, target.message) == (state, message):
             return
         if target.state != state:
-            consumer.coverage.begin(key, now_ns)
+            consumer.outages.begin(key, now_ns)
             target.since_ns = time.time_ns()
             why = message or "within its budget again"
             log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
-        target.state, target.message = state, message
+        was, target.state, target.message = target.state, state, message
         target.reason = _OVER_BUDGET if verdict else ""
-        _tell_coverage(consumer, key, target, now_ns)
+        # One that is throttled is in and out all the time: ``covered`` says how much.
+        if state == State.TRIPPED.text:
+            consumer.coverage.end(key, time.time_ns())
+        elif was == State.TRIPPED.text:
+            consumer.coverage.begin(
+                key, msgspec.structs.replace(target, state="armed", hook="budget", may_have_missed=True, message=_BACK)
+            )
+        _tell_outages(consumer, key, target, now_ns)
 
     def measure(self) -> None:
         """Has the targets that are, or were, left out say for how long."""
@@ -290,9 +324,9 @@ class Table:
         changed = False
         with self._lock:
             for consumer in self._consumers.values():
-                for key in consumer.coverage.keys():  # noqa: SIM118 - not a dictionary
+                for key in consumer.outages.keys():  # noqa: SIM118 - not a dictionary
                     if (target := consumer.targets.get(key)) is not None and target.state in _HELD:
-                        _tell_coverage(consumer, key, target, now_ns)
+                        _tell_outages(consumer, key, target, now_ns)
                         changed = True
         if changed:
             self._on_change()
@@ -300,7 +334,7 @@ class Table:
     def uncovered_ms(self, consumer: Consumer) -> int:
         """Returns for how long a probe's targets were left out, summed over them, in ms."""
         with self._lock:
-            return consumer.coverage.total_ns(time.monotonic_ns()) // 1_000_000
+            return consumer.outages.total_ns(time.monotonic_ns()) // 1_000_000
 
     # --- whoever looks at processes ----------------------------------------------------------------------------------
 
@@ -374,6 +408,12 @@ class Table:
                     _forget_oldest(consumer.targets)
             return result
 
+    def take_log(self) -> list[tuple[str, list[CoverageEntry]]]:
+        """Returns the entries of the coverage logs that are new or have ended since the last call, by probe."""
+        with self._lock:
+            taken = [(consumer.probe, consumer.coverage.take()) for consumer in self._consumers.values()]
+        return [(probe, entries) for probe, entries in taken if entries]
+
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
 
     def wanted(self, identity: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
@@ -436,6 +476,7 @@ class Table:
     ) -> None:
         """Enters targets that begin their life left out, and strikes off those that went away while they were: the engine
         has no breakpoint there of which to report either."""
+        cause, hook = _cause_and_hook(cause)
         now_ns = time.monotonic_ns()
         with self._lock:
             for (consumer, addr), (plan, verdict) in left_out.items():
@@ -452,23 +493,35 @@ class Table:
                     offset=plan.offset,
                     addr=addr,
                     state=verdict.state.text,
-                    cause=cause.removesuffix(ASYNC),
+                    cause=cause,
+                    hook=_LATE_HOOKS.get(hook, hook),
                     since_ns=time.time_ns(),
                     reason=_OVER_BUDGET,
                     message=verdict.message,
                 )
-                consumer.coverage.mark(key, out=True, since_ns=now_ns)
+                consumer.outages.mark(key, out=True, since_ns=now_ns)
                 consumer.changed.add(key)
             for consumer in self._now.consumers:
-                for key in consumer.coverage.keys():  # noqa: SIM118 - not a dictionary
+                for key in consumer.outages.keys():  # noqa: SIM118 - not a dictionary
                     addr, target = key[3], consumer.targets.get(key)
                     if key[:2] != identity or target is None or target.state not in _HELD:
                         continue
                     if (consumer, addr) not in left_out and consumer not in interested.get(addr, ()):
                         target.state = "gone"
-                        consumer.coverage.end(key, now_ns)
+                        consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
         self._on_change()
+
+    def is_meant(self, pid: int, file: FileKey) -> bool:
+        """Says whether something is wanted in a process once it has mapped a file. Any thread."""
+        consumers = {consumer for _, consumer in self._now.by_file.get(file, ())}
+        if not consumers or pid in self.self_pids:
+            return False
+        facts = self._proc.facts(pid)
+        if facts is None:
+            return False
+        parents = self._parents(ProcessId(pid, facts.start_time))
+        return any(c.selector.matches(facts, parents) for c in consumers)
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -490,6 +543,9 @@ class Table:
 
     def report(self, identity: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         since = time.time_ns()
+        cause, hook = _cause_and_hook(cause)
+        missed = _MISSED.get(hook, "")
+        unheld = self.unheld
         blind = False
         try:
             facts = procfs.tried(lambda: self._proc.facts(identity.pid))
@@ -519,8 +575,8 @@ class Table:
                             continue
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
-                    consumer.coverage.end(key, time.monotonic_ns())
-                    consumer.targets[key] = TargetState(
+                    consumer.outages.end(key, time.monotonic_ns())
+                    target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
                         comm=comm or (known.comm if known else ""),
@@ -529,16 +585,47 @@ class Table:
                         offset=plan.offset,
                         addr=report.addr,
                         state=state,
-                        cause=cause.removesuffix(ASYNC),
+                        cause=cause,
+                        hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=state == "armed" and cause in _MISSED,
+                        may_have_missed=bool(missed) and state == "armed",
                         reason=report.reason,
-                        message=report.message,
+                        message=report.message
+                        or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
                     )
                     consumer.changed.add(key)
                     changed = True
+                    consumer.coverage.end(key, since)
+                    if state == "armed":
+                        consumer.coverage.begin(key, target)
         if changed:
             self._on_change()
+
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        now = time.time_ns()
+        cause, _, hook = cause.partition(":")
+        facts = self._proc.facts(pid)
+        parents = self._parents(ProcessId(pid, facts.start_time)) if facts is not None else {}
+        with self._lock:
+            for plan, consumer in self._now.by_file.get(file, ()):
+                if facts is not None and not consumer.selector.matches(facts, parents):
+                    continue
+                target = TargetState(
+                    pid=pid,
+                    start_time=facts.start_time if facts else 0,
+                    comm=facts.comm if facts else "",
+                    site=plan.site,
+                    path=plan.path,
+                    offset=plan.offset,
+                    state="gone",
+                    cause=cause,
+                    hook=_LATE_HOOKS.get(hook, hook),
+                    since_ns=now,
+                    may_have_missed=True,
+                    message=_MISSED[hook],
+                )
+                consumer.coverage.begin((pid, target.start_time, plan.site, 0), target)
+        self._on_change()
 
     def is_wanted(self, plan: SitePlan) -> bool:
         now = self._now
@@ -557,22 +644,32 @@ class Table:
 
     def _gone(self, identity: tuple[int, int]) -> None:
         self.meters.end(ProcessId(*identity))
-        now_ns = time.monotonic_ns()
+        now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._consumers.values():
                 for key, state in consumer.targets.items():
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
-                        consumer.coverage.end(key, now_ns)
+                        consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
+                        consumer.coverage.end(key, now)
         self._on_change()
 
 
-def _tell_coverage(consumer: Consumer, key: tuple[int, int, int, int], target: TargetState, now_ns: int) -> None:
-    target.covered = round(consumer.coverage.covered(key, now_ns), 3)
-    target.uncovered_ms = consumer.coverage.uncovered_ns(key, now_ns) // 1_000_000
+def _tell_outages(consumer: Consumer, key: tuple[int, int, int, int], target: TargetState, now_ns: int) -> None:
+    target.covered = round(consumer.outages.covered(key, now_ns), 3)
+    target.uncovered_ms = consumer.outages.uncovered_ns(key, now_ns) // 1_000_000
     consumer.changed.add(key)
+
+
+def _cause_and_hook(cause: str) -> tuple[str, str]:
+    cause, _, hook = cause.partition(":")
+    return cause, hook or _HOOKS[cause]
+
+
+def _why_missed(missed: str, unheld: str | None) -> str:
+    return f"{missed}; it is not held before, since {unheld}" if missed and unheld else missed
 
 
 def _same_terms(one: Register, other: Register) -> bool:

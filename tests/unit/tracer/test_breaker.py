@@ -25,9 +25,9 @@ from trapline_agent.tracer.breaker import (
     State,
     Verdicts,
 )
-from trapline_agent.tracer.coverage import Coverage
 from trapline_agent.tracer.guard import Guard
 from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets, Register
+from trapline_agent.tracer.outages import Outages
 from trapline_agent.tracer.table import Table
 
 DT = 0.1
@@ -275,20 +275,20 @@ def test_a_look_that_fails_is_not_repeated_at_once() -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["out", "in", "begin"]), st.integers(1, 1000)), max_size=40))
 def test_the_time_that_was_not_covered_is_what_it_was_out(events: list[tuple[str, int]]) -> None:
-    coverage, key = Coverage(), (1, 2, 3, 4)
+    outages, key = Outages(), (1, 2, 3, 4)
     now = out = state_out = state_began = 0
     is_out = False
-    coverage.mark(key, out=False, since_ns=0)
+    outages.mark(key, out=False, since_ns=0)
     for what, passes in events:
         now += passes
         out, state_out = out + is_out * passes, state_out + is_out * passes
-        assert coverage.uncovered_ns(key, now) == coverage.total_ns(now) == out
-        assert coverage.covered(key, now) == pytest.approx(1 - state_out / (now - state_began))
+        assert outages.uncovered_ns(key, now) == outages.total_ns(now) == out
+        assert outages.covered(key, now) == pytest.approx(1 - state_out / (now - state_began))
         if what == "begin":
-            coverage.begin(key, now)
+            outages.begin(key, now)
             state_began, state_out = now, 0
         else:
             is_out = what == "out"
-            coverage.mark(key, out=is_out, since_ns=now)
-    coverage.end(key, now)
-    assert (coverage.total_ns(now + 5), key in coverage, coverage.covered(key, now)) == (out, False, 1.0)
+            outages.mark(key, out=is_out, since_ns=now)
+    outages.end(key, now)
+    assert (outages.total_ns(now + 5), key in outages, outages.covered(key, now)) == (out, False, 1.0)

@@ -190,6 +190,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/probes/{probe}/coverage": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** When a probe was armed in which process, who told of it, and whether calls may have been missed */
+        get: operations["getCoverage"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/probes/{probe}/hits": {
         parameters: {
             query?: never;
@@ -465,6 +482,105 @@ export interface components {
              * @default 0
              */
             armed: number;
+        };
+        /**
+         * CoverageEntry
+         * @description A stretch of time in which a target was armed; or a moment (``addr`` 0) at which it should have been and was not.
+         */
+        CoverageEntry: {
+            /**
+             * Host
+             * @default
+             */
+            host: string;
+            /** Pid */
+            pid: number;
+            /**
+             * Start Time
+             * @description Clock ticks after boot, proc_pid_stat(5) field 22.
+             * @default 0
+             */
+            start_time: number;
+            /**
+             * Comm
+             * @default
+             */
+            comm: string;
+            /**
+             * Module
+             * @default
+             */
+            module: string;
+            /**
+             * Symbol
+             * @default
+             */
+            symbol: string;
+            /**
+             * Addr
+             * @default 0
+             */
+            addr: number;
+            /** @default scan */
+            cause: components["schemas"]["Cause"];
+            /**
+             * Hook
+             * @description Who told of the mapping; the host's facts list the hooks.
+             * @default
+             */
+            hook: string;
+            /**
+             * Armed At
+             * Format: date-time
+             */
+            armed_at: string;
+            /**
+             * Disarmed At
+             * @description None: it is armed still.
+             */
+            disarmed_at: string | null;
+            /**
+             * May Have Missed
+             * @description True: calls may have run before ``armed_at``, for the reason in ``message``.
+             * @default false
+             */
+            may_have_missed: boolean;
+            /**
+             * Message
+             * @default
+             */
+            message: string;
+        };
+        /**
+         * CoverageLog
+         * @description A probe's coverage on one host, oldest first: what its counts can be relied on for.
+         */
+        CoverageLog: {
+            /** Host */
+            host: string;
+            /** Entries */
+            entries: components["schemas"]["CoverageEntry"][];
+            /**
+             * Forgotten
+             * @description Entries that are no longer kept; they were older.
+             * @default 0
+             */
+            forgotten: number;
+            /**
+             * Error
+             * @description An error's wire form where the host could not be asked.
+             */
+            error: {
+                [key: string]: unknown;
+            } | null;
+        };
+        /** CoverageLogs */
+        CoverageLogs: {
+            /**
+             * Items
+             * @description One per host that the probe is on; with ``error`` where it could not answer.
+             */
+            items: components["schemas"]["CoverageLog"][];
         };
         /** Desired */
         Desired: {
@@ -1234,7 +1350,8 @@ export interface components {
          * Request
          * @description A question to the host. ``resolve`` takes ``{"spec": ProbeSpec}`` and gives a ``HostResolution``; ``symbols`` takes
          *     ``{"module": str, "q": str, "limit": int}`` (module may be empty: all that are mapped) and gives a ``SymbolPage``;
-         *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``.
+         *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``; ``coverage`` takes
+         *     ``{"probe": str}`` and gives a ``CoverageLog``.
          */
         Request: {
             /**
@@ -1248,7 +1365,7 @@ export interface components {
              * Method
              * @enum {string}
              */
-            method: "resolve" | "symbols" | "modules";
+            method: "resolve" | "symbols" | "modules" | "coverage";
             /** Params */
             params: {
                 [key: string]: unknown;
@@ -1529,6 +1646,12 @@ export interface components {
             engine: string;
             /** @default scan */
             cause: components["schemas"]["Cause"];
+            /**
+             * Hook
+             * @description Who told of the mapping; the host's facts list the hooks.
+             * @default
+             */
+            hook: string;
             /** Since */
             since: string | null;
             /**
@@ -2338,6 +2461,55 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["TargetList"];
+                };
+            };
+            /** @description Unauthorized */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Not Found */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Unprocessable Entity */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    getCoverage: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                probe: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["CoverageLogs"];
                 };
             };
             /** @description Unauthorized */

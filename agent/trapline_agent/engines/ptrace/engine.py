@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
-from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.ptrace.attaching import Attaching
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
@@ -103,6 +103,32 @@ class PtraceEngine:
                 log.exception("process %d cannot be brought to what is wanted; it is tried again", process.pid)
                 self.again(process.pid)
                 return
+
+    def await_mapper(self, mapper: Mapper) -> bool:
+        """Has a process followed one of whose threads waits as it maps a file, and armed when that goes on, before it runs.
+
+        Returns at once, with the thread waiting still; or False: there is no need, the process' loader tells of it in time.
+        Raises PermissionError, ProcessLookupError, TimeoutError (it may have gone on meanwhile).
+        """
+        pid = mapper.pid
+        while True:
+            with self._lock:
+                thread, process = self._threads.get(pid), self._processes.get(pid)
+            if process is not None and process.hooked and mapper.event == "mmap":
+                return False
+            try:
+                if thread is not None:
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+                with self.attaching.alone(pid, max(0.0, mapper.deadline - time.monotonic())):
+                    if pid in self._threads:
+                        continue
+                    thread = self._start()
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+            except Ended:
+                if thread is not None:
+                    self._unmap(pid, thread)
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
         with self._lock:

@@ -24,13 +24,14 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
-from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.kernel.procfs import Whereabouts
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,7 +117,13 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
-        self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
+        self._group = Group(
+            self._waiter,
+            reaper,
+            self._handle,
+            lambda process: engine.adopted(process, self),
+            hurried=lambda: bool(self._commands),
+        )
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
@@ -246,6 +253,7 @@ class TraceThread(threading.Thread):
                 process.memory.disarm(site)
                 process.dirty = True
             process.held = False
+            process.awaited.clear()
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
@@ -404,21 +412,31 @@ class TraceThread(threading.Thread):
                 ptrace.cont(tid)
                 return
             thread.settled = True
-            if stop in _GROUP_STOPS:
-                # It may be let go in this stop, and the slots with it.
-                thread.settled = self._stepper.step_aside(thread)
-                if thread.process.released:
-                    self._detach(thread, 0)
-                else:
-                    ptrace.listen(tid)
+            if tid in thread.process.awaited and not thread.held:
+                # Not from in here: settling serves stops itself.
+                thread.held = True
+                with self._lock:
+                    self._commands.append(_Command(lambda: self._arm_mapper(thread, stop)))
             else:
-                self._deliver(thread, 0)
+                self._leave_stop(thread, stop)
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
                 if child not in self._group.threads:
                     self._fork_parents[child] = thread.process
             self._resume(thread)
+
+    def _leave_stop(self, thread: Thread, stop: int) -> None:
+        """Ends a PTRACE_EVENT_STOP: a group stop goes on as the program's own."""
+        if stop not in _GROUP_STOPS:
+            self._deliver(thread, 0)
+            return
+        # It may be let go in this stop, and the slots with it.
+        thread.settled = self._stepper.step_aside(thread)
+        if thread.process.released:
+            self._detach(thread, 0)
+        else:
+            ptrace.listen(thread.tid)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
@@ -504,6 +522,7 @@ class TraceThread(threading.Thread):
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
         fresh = AddressSpace(tid)
+        awaited = process.awaited.pop(tid, None)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
@@ -517,7 +536,7 @@ class TraceThread(threading.Thread):
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
-        self._reconcile(process, "exec")
+        self._reconcile(process, "exec" if awaited is None else awaited.mapper.cause())
         if process.held:
             thread.held = True
             self._engine.held(process.id.pid)
@@ -606,6 +625,8 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is None:
             return False
+        if process.awaited and cause.startswith("mmap"):
+            return True  # the mapper stops before it runs what it maps, and it is looked at then
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
@@ -622,6 +643,67 @@ class TraceThread(threading.Thread):
                 raise
         self._reconcile(process, cause)
         return True
+
+    def await_mapper(self, mapper: Mapper) -> None:
+        """Follows a process one of whose threads waits as it maps a file, so that it stops before it goes on in the program:
+        at the end of its execve, or of the system call that maps. There it is armed. On this thread; returns at once.
+
+        Raises:
+            PermissionError: the kernel says no.
+            ProcessLookupError: it is gone.
+            TimeoutError: the thread may have gone on meanwhile.
+        """
+        pid = mapper.pid
+        process = self._group.processes.get(pid) or TracedProcess.open(pid)
+        fresh = pid not in self._group.processes
+        try:
+            seized = self._group.seize(process)
+            for sharer in self._group.sharers(process.memory):
+                sharer.released = False
+                seized |= self._group.seize(sharer)
+        except OSError:
+            if fresh:
+                self._group.abandon(process)
+                process.memory.close()
+            raise
+        if fresh:
+            self._group.processes[pid] = process
+            self._engine.adopted(process, self)
+        if mapper.tid not in process.threads:
+            raise ProcessLookupError(f"thread {mapper.tid} is gone")
+        # A thread in mmap is stopped on its way out, and its mmap is done then: it waits where only a kill ends the wait
+        # (fs/notify/fanotify/fanotify.c, fanotify_get_response). One in execve stops at its end, since it is followed.
+        if mapper.event == "mmap":
+            if time.monotonic() > mapper.deadline:
+                process.lingering = not process.memory.sites
+                raise TimeoutError(f"thread {mapper.tid} may have mapped the file already")
+            ptrace.interrupt(mapper.tid)
+        elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
+            process.lingering = not process.memory.sites
+            raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
+        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.lingering = False
+
+    def _arm_mapper(self, thread: Thread, stop: int) -> None:
+        """Arms what is wanted in a process one of whose threads has mapped something, and is stopped."""
+        process = thread.process
+        awaited = process.awaited.get(thread.tid)
+        try:
+            if awaited is not None:
+                if awaited.settle:
+                    self._group.settle_all(process)
+                process.awaited.pop(thread.tid, None)
+                self._reconcile(process, awaited.mapper.cause())
+        except TimeoutError as e:
+            log.warning("process %d maps a probed file and is not armed in time: %s", process.id.pid, e)
+            if (given_up := process.awaited.pop(thread.tid, None)) is not None:
+                mapper = given_up.mapper
+                self._observer.missed(mapper.pid, mapper.file, f"{mapper.event}:unsettled")
+            self._engine.again(process.id.pid)
+        finally:
+            thread.held = False
+            if thread.tid in self._group.threads:
+                self._leave_stop(thread, stop)
 
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
@@ -641,7 +723,7 @@ class TraceThread(threading.Thread):
                 if not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     self._group.soil(memory)
-            process.lingering = not memory.sites and not process.held
+            process.lingering = not memory.sites and not process.held and not process.awaited
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
@@ -693,7 +775,7 @@ class TraceThread(threading.Thread):
             memory.written.clear()
         elif memory.written:
             reports += self._look_again(process, cause)
-        process.lingering = not memory.sites and not wanted.keep and not process.held
+        process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
