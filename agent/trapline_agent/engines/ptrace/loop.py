@@ -840,8 +840,8 @@ class TraceThread(threading.Thread):
                 memory.wipe_slots()
                 for p in now:
                     p.lingering = p.released = True
-            elif not settled:
-                process.retry_at = time.monotonic() + SETTLE_S
+            elif not settled and not self._commands:
+                process.retry_at = time.monotonic() + SETTLE_S  # not where it only gave way to a command
         with self._lock:
             self._closing = all(p.released and not p.memory.sites for p in self._group.processes.values())
 
