@@ -403,6 +403,7 @@ class TraceThread(threading.Thread):
             self._newborn(tid, status)
         elif event == 0:
             thread.settled = True
+            self._begin_again(thread, stop)
             self._deliver(thread, stop)
         elif event == ptrace.PTRACE_EVENT_STOP:
             thread.interrupted = False
@@ -429,6 +430,7 @@ class TraceThread(threading.Thread):
     def _leave_stop(self, thread: Thread, stop: int) -> None:
         """Ends a PTRACE_EVENT_STOP: a group stop goes on as the program's own."""
         if stop not in _GROUP_STOPS:
+            self._begin_again(thread, 0)
             self._deliver(thread, 0)
             return
         # It may be let go in this stop, and the slots with it.
@@ -571,6 +573,10 @@ class TraceThread(threading.Thread):
         self._group.drop(process, thread.tid)
         if not process.threads:
             self._forget(process, None)
+
+    def _begin_again(self, thread: Thread, sig: int) -> None:
+        with contextlib.suppress(OSError, KeyError):  # what cannot be looked at is left as the kernel has it
+            self._stepper.begin_again(thread, sig)
 
     def _deliver(self, thread: Thread, sig: int) -> None:
         """Lets a stopped thread go on with a signal, or with none (0); a handler never sees an address inside a slot."""
