@@ -184,7 +184,9 @@ async def trapline(directory: Path, name: str = "tracer") -> AsyncIterator[Trapl
     socket = directory / f"{name}.sock"
     process = spawn_tracer(socket, log=directory / f"{name}.log")
     try:
-        client = await TracerClient.connect(socket, host="hst_bench", process=process)
+        client = await TracerClient.connect(
+            socket, host="hst_bench", process=process, budgets=m.Budgets(probe=0, process=0, host=0)
+        )
         made = Trapline(client, process)
         yield made
         await made.close()

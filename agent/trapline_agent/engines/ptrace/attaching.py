@@ -23,12 +23,17 @@ class Attaching:
         self._paused = 0
 
     @contextlib.contextmanager
-    def alone(self, pid: int) -> Iterator[None]:
-        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory."""
+    def alone(self, pid: int, timeout: float | None = None) -> Iterator[None]:
+        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory. Raises
+        TimeoutError where that is not so within ``timeout`` s."""
         task = _live_task(pid)
+
+        def free() -> bool:
+            return not self._paused and not any(p == pid or _share_memory(t, task) for p, t in self._busy.items())
+
         with self._changed:
-            while self._paused or any(p == pid or _share_memory(t, task) for p, t in self._busy.items()):
-                self._changed.wait()
+            if not self._changed.wait_for(free, timeout):
+                raise TimeoutError(f"process {pid} is being attached to")
             self._busy[pid] = task
         try:
             yield
