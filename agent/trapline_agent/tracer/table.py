@@ -441,10 +441,10 @@ class Table:
         mappings = maps.parse_maps(self._proc.maps(identity.pid))
 
         def still_mapped(addr: int, plan: SitePlan) -> bool:
-            return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
+            return maps.is_mapped(mappings, plan.file, plan.offset, addr)
 
         def places(plan: SitePlan) -> list[int]:
-            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+            return [a for m in mappings if m.is_of(plan.file) and (a := m.addr(plan.offset)) is not None]
 
         sites: dict[int, SiteRequest] = {}
         interested: dict[int, list[Consumer]] = {}
@@ -696,7 +696,7 @@ def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[Fil
     slack_addr = 0
     if plan.slack_len:
         for other in mappings:
-            if other.file != plan.file or other.writable or other.shared:
+            if not other.is_of(plan.file) or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
             # A file may be mapped twice: a slot is only of use near its site.

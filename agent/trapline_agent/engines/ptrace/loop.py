@@ -31,6 +31,7 @@ from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.targets import maps
 from trapline_agent.kernel.procfs import Whereabouts
 
 log = logging.getLogger(__name__)
@@ -798,7 +799,7 @@ class TraceThread(threading.Thread):
         if cause in _STANDING:
             memory.written.clear()
         elif memory.written:
-            reports += self._look_again(process, cause)
+            reports += self._look_again(process)
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
@@ -808,12 +809,14 @@ class TraceThread(threading.Thread):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
 
-    def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
+    def _look_again(self, process: TracedProcess) -> list[SiteReport]:
         try:
-            now = procfs.tried(lambda: self._observer.wanted(process.id, cause))
+            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
         except OSError:
             return []  # it is gone, or cannot be looked at
-        gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
+        gone = process.memory.undo_strays(
+            lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid
+        )
         return [SiteReport(s.addr, s.plan, "gone") for s in gone]
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
