@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.engines import attach, bystanders, hits
+from benchmarks.engines import attach, bystanders, hits, several
 
-PARTS = ("hits", "attach", "bystanders")
+PARTS = ("hits", "several", "attach", "bystanders")
 
 
 async def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[str]]:
@@ -31,6 +31,10 @@ async def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
         skipped += left_out
         result["hits"] = hits.to_json(measured)
         hits.show(measured, console)
+    if "several" in args.parts:
+        together = await several.measure(args.rounds, console)
+        result["several"] = several.to_json(together)
+        several.show(together, console)
     if "attach" in args.parts:
         attached = await attach.measure(args.rounds, args.cpu, not args.no_peers, console)
         result["attach"] = attach.to_json(attached)

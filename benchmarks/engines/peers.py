@@ -65,6 +65,7 @@ class Unavailable(Exception):
 # --- Trapline --------------------------------------------------------------------------------------------------------
 
 REGISTERS = [FetchPlan(name=f"arg{i}", register=r) for i, r in enumerate(("rdi", "rsi", "rdx", "rcx", "r8", "r9"))]
+LATENCY = [FetchPlan(name="latency", register="latency")]
 STRING = [FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
 
 
@@ -77,7 +78,8 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
             nonlocal number
             number += 1
             probe = f"hit-{number}"
-            await tracer.register(probe, [rig.plan(KINDS[kind][1])], fetches, rig.pid)
+            plans = [rig.plan(KINDS[kind][1])]
+            await tracer.register(probe, plans, fetches, rig.pid, returns=kind == "entry + return")
             session = Session()
             yield session
             await tracer.client.unregister(probe)
@@ -85,12 +87,13 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
 
         return Way("trapline ptrace", kind, arm, threads)
 
-    return [
+    ways = [
         way("emulated", []),
         way("boosted", [], threads=True),
         way("registers", REGISTERS),
         way("string", STRING),
     ]
+    return [*ways, way("entry + return", LATENCY)] if tracer.returns else ways
 
 
 # --- a tracer in C ---------------------------------------------------------------------------------------------------
@@ -255,7 +258,9 @@ def perf_ways() -> list[Way]:
 def all_ways(rig: Rig, tracer: Trapline, peers: bool) -> tuple[list[Way], list[str]]:
     """Returns the ways that can be measured here, and for each that cannot, why."""
     assert len(TEXT) < 64
-    ways, skipped = trapline_ways(tracer), ["trapline ptrace, entry + return: not supported by this release"]
+    ways, skipped = trapline_ways(tracer), []
+    if not tracer.returns:
+        skipped.append("trapline ptrace, entry + return: not supported by this release")
     others: tuple[Callable[[], list[Way]], ...] = (gdb_ways, python_ptrace_ways, bpftrace_ways, perf_ways)
     ways += c_ways(rig)
     for make in others if peers else ():
