@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--ms", type=float, default=60, help="of hits in one measurement (default %(default)s)")
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="where the target is pinned")
     parser.add_argument("--no-peers", action="store_true", help="Trapline and the tracer in C alone")
-    parser.add_argument("--json", action="store_true", help="figures as JSON on standard output, the tables on the other")
+    parser.add_argument(
+        "--json", action="store_true", help="figures as JSON on standard output, the tables on the other"
+    )
     args = parser.parse_args()
     args.parts = args.parts or PARTS
     if unknown := set(args.parts) - set(PARTS):

@@ -1,8 +1,8 @@
 """How long it takes to put probes in, and to take them out again.
 
 Trapline's times are those that an agent sees: from the request to the tracer's answer, over its socket, every byte written.
-Of the other tools the whole is taken, their start included, until the last byte is in the target; and from the signal that ends
-them until they have ended.
+Of the other tools the whole is taken, their start included, until the last byte is in the target; and from the signal that
+ends them until they have ended.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Many:
         lines = [f'__attribute__((naked, noipa, used)) void {_SYMBOL.format(i)}(void) {{ __asm__("endbr64; ret"); }}'
                  for i in range(NUMBERS[-1])]  # fmt: skip
         source.write_text(
-            "#include <unistd.h>\n" + "\n".join(lines) + '\nint main(void) { write(1, "ready\\n", 6); pause(); return 0; }\n'
+            "#include <unistd.h>\n"
+            + "\n".join(lines)
+            + '\nint main(void) { write(1, "ready\\n", 6); pause(); return 0; }\n'
         )
         self.path = directory / "many"
         compile_c(source, self.path, ("-Wno-unused-result",))
@@ -73,7 +75,7 @@ class Many:
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(120):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it is another process' memory
             await asyncio.sleep(0.001)
 
 
@@ -113,7 +115,9 @@ class Attach:
         plans, tracer = self._many.plans(self._rig, number), self._tracer
         for _ in range(self._rounds):
             names = [self._name() for _ in plans]
-            registers = (tracer.register(n, [_first(p)], pid=self._many.child.pid) for n, p in zip(names, plans, strict=True))
+            registers = (
+                tracer.register(n, [_first(p)], pid=self._many.child.pid) for n, p in zip(names, plans, strict=True)
+            )
             figure.in_ms.append(await _timed(asyncio.gather(*registers)))
             assert self._many.armed(plans) == number
             figure.out_ms.append(await _timed(asyncio.gather(*(tracer.client.unregister(n) for n in names))))

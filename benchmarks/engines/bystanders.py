@@ -1,9 +1,9 @@
 """What a process pays that is not probed, while a tracer is at work elsewhere on the host.
 
 A tracer listens to the kernel's stream of mappings of all processes, and holds who maps a probed file: so programs that
-compute, write, fork, and above all exec, are timed beside an armed and hit process, and with no tracer at all, in turns (A-B-A).
-CPU time is compared, in user and kernel mode, the least of a few tries: it depends least on what else the machine does. What
-the tracer itself takes meanwhile is told apart.
+compute, write, fork, and above all exec, are timed beside an armed and hit process, and with no tracer at all, in turns
+(A-B-A). CPU time is compared, in user and kernel mode, the least of a few tries: it depends least on what else the machine
+does. What the tracer itself takes meanwhile is told apart.
 """
 
 from __future__ import annotations

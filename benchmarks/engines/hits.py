@@ -141,7 +141,9 @@ def show(hits: Hits, console: Console) -> None:
         table.add_column(heading, justify="left" if heading in ("kind", "tool") else "right", no_wrap=True)
     for kind in KINDS:
         for tool in _tools(c for c in done if c.kind == kind):
-            table.add_row(kind, tool, *(x for pinned in (True, False) for x in _cell(done, Cell(tool, kind, 1, pinned))))
+            table.add_row(
+                kind, tool, *(x for pinned in (True, False) for x in _cell(done, Cell(tool, kind, 1, pinned)))
+            )
         table.add_section()
     console.print(table)
     table = Table(title="us added per hit (boosted) by threads of the target: wall time / hits of all")

@@ -110,12 +110,15 @@ class Rig:
     async def armed(self, symbol: str, tool: Child | None = None) -> None:
         """Waits until somebody's int3 is at a function. Raises TimeoutError, ChildDied."""
         addr = self.addr(self.plan(symbol).offset)
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+        memory = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY)
+        try:
             async with asyncio.timeout(_ARMED_S):
-                while os.pread(memory.fileno(), 1, addr) != INT3:
+                while os.pread(memory, 1, addr) != INT3:
                     if tool is not None and not tool.alive():
                         raise RuntimeError(tool.obituary())
                     await asyncio.sleep(0.005)
+        finally:
+            os.close(memory)
 
 
 @contextmanager
@@ -144,7 +147,9 @@ class Trapline:
             async with self._changed:
                 if isinstance(event, bytes):
                     header, _ = hits.peek(event)
-                    self._rows[header.probe] = self._rows.get(header.probe, 0) + header.count + sum(header.drops.values())
+                    self._rows[header.probe] = (
+                        self._rows.get(header.probe, 0) + header.count + sum(header.drops.values())
+                    )
                 elif isinstance(event, m.Targets):
                     armed = sum(t.state == "armed" for t in event.targets)
                     self.targets[event.probe] = self.targets.get(event.probe, 0) + armed

@@ -88,5 +88,10 @@ def show(figures: list[Figure], console: Console) -> None:
     for heading in ("what", "us", "lowest - highest", "hits/s of all"):
         table.add_column(heading, justify="left" if heading == "what" else "right", no_wrap=True)
     for i, f in enumerate(figures):
-        table.add_row(f.what, f"{f.median:.1f}", f"{min(f.us):.1f} - {max(f.us):.1f}", f"{(1 if i == 0 else 2) * 1e6 / f.median:,.0f}")
+        table.add_row(
+            f.what,
+            f"{f.median:.1f}",
+            f"{min(f.us):.1f} - {max(f.us):.1f}",
+            f"{(1 if i == 0 else 2) * 1e6 / f.median:,.0f}",
+        )
     console.print(table)

@@ -64,8 +64,8 @@ SIGINFO_BYTES: Final = 128
 
 _holding = ctypes.PyDLL(None, use_errno=True)
 _fast = _holding.ptrace
-# Without `argtypes`, whose conversions take as long as the system call. So a number is passed as a C int: what may be longer,
-# an address or a register, has to be a ``Pointer``, made beforehand where it is needed at each hit.
+# Without `argtypes`, whose conversions take as long as the system call. So a number is passed as a C int: what may be
+# longer, an address or a register, has to be a ``Pointer``, made beforehand where it is needed at each hit.
 _fast.restype = ctypes.c_long
 Pointer = ctypes.c_void_p
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -257,4 +257,3 @@ class Group:
         """Strikes off all threads of a process."""
         for tid in list(process.threads):
             self.drop(process, tid)
-

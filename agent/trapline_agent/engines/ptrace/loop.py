@@ -31,8 +31,8 @@ from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
-from trapline_agent.targets import maps
 from trapline_agent.kernel.procfs import Whereabouts
+from trapline_agent.targets import maps
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -206,7 +206,8 @@ class TraceThread(threading.Thread):
         changes = [(tid, status)]
         while (change := self._waiter.wait(block=False))[0] > 0:
             changes.append(change)
-        return all([self._handle(*change) for change in changes])
+        hits = [self._handle(*change) for change in changes]
+        return all(hits)
 
     def _finished(self) -> bool:
         with self._lock:
