@@ -32,7 +32,7 @@ from trapline_agent.plans import SitePlan
 from trapline_agent.targets.maps import executable_mappings
 
 NUMBERS = (1, 100, 1000)
-_SYMBOL = "many_{}"
+_SYMBOL = "many_{:04}"
 _PERF_MOST = 10
 """Probes of perf that are taken out: each takes tens of ms, one after the other."""
 
@@ -144,9 +144,7 @@ class Attach:
     async def bpftrace(self, number: int) -> None:
         figure = Figure("functions, one probe", "bpftrace (with its start)", number)
         plans = self._many.plans(self._rig, number)
-        # A pattern that means so many of them: many_0, many_1?, many_???.
-        pattern = {1: "many_0", 100: "many_1??", 1000: "many_*"}[number]
-        plans = plans if number != 100 else self._many.plans(self._rig, 200)[100:]
+        pattern = {1: "many_0000", 100: "many_00*", 1000: "many_*"}[number]
         argv = ["bpftrace", "-e", f"uprobe:{self._many.path}:{pattern} {{ @ = count(); }}"]
         for _ in range(min(self._rounds, 2)):
             began = time.perf_counter()

@@ -3,6 +3,9 @@
 The target calls a function in a loop and takes the time itself. Every arming lies between two measurements of the unprobed
 function (A-B-A), all ways take turns, and the median over the rounds counts. Hits are held against the target's calls: a
 figure beside which hits were lost is marked.
+
+*CPU* is the CPU time of a hit, the target's and the tool's, in the kernel and outside, while both are pinned: unlike the
+time that passes it depends little on what else the machine does. The least round counts.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.engines.peers import KINDS, Session, Way, all_ways
-from benchmarks.engines.rig import Rig, rig, trapline
+from benchmarks.engines.rig import Rig, cpu_ns, rig, trapline
 
 THREADS = (1, 4, 16, 64)
 _UNPROBED = 100_000
@@ -43,6 +46,7 @@ class Cell:
 @dataclass
 class Figure:
     added_ns: list[float] = field(default_factory=list)
+    cpu_ns: list[float] = field(default_factory=list)
     calls: int = 0
     lost: int = 0
 
@@ -93,7 +97,10 @@ class Hits:
             calls, ns = await self._rig.call(KINDS[cell.kind][0], cell.threads, _FIRST)
             session.calls += calls
             figure.calls = max(_FIRST, min(_MOST, int(calls * self._measure_ns / ns)))
+        pids = (self._rig.pid, *session.tools, *session.runs)
+        before = cpu_ns(*pids)
         calls, ns = await self._rig.call(KINDS[cell.kind][0], cell.threads, figure.calls)
+        figure.cpu_ns.append((cpu_ns(*pids) - before) / calls)
         session.calls += calls
         return ns / calls
 
@@ -125,6 +132,7 @@ def to_json(hits: Hits) -> list[dict[str, Any]]:
             "placement": cell.placement,
             "added_ns": figure.median,
             "rounds_ns": figure.added_ns,
+            "cpu_ns": min(figure.cpu_ns),
             "hits_per_round": figure.calls,
             "lost": figure.lost,
         }
@@ -137,13 +145,12 @@ def show(hits: Hits, console: Console) -> None:
     """Prints one table of the kinds, and one of the threads."""
     done = {cell: figure for cell, figure in hits.figures.items() if figure.added_ns}
     table = Table(title="us added per hit, one thread (lowest - highest round)")
-    for heading in ("kind", "tool", "pinned", "", "against C", "free", "", "against C"):
+    for heading in ("kind", "tool", "pinned", "", "against C", "free", "", "against C", "CPU", "against C"):
         table.add_column(heading, justify="left" if heading in ("kind", "tool") else "right", no_wrap=True)
     for kind in KINDS:
         for tool in _tools(c for c in done if c.kind == kind):
-            table.add_row(
-                kind, tool, *(x for pinned in (True, False) for x in _cell(done, Cell(tool, kind, 1, pinned)))
-            )
+            pinned, free = (Cell(tool, kind, 1, pinned) for pinned in (True, False))
+            table.add_row(kind, tool, *_cell(done, pinned), *_cell(done, free), *_cpu(done, pinned))
         table.add_section()
     console.print(table)
     table = Table(title="us added per hit (boosted) by threads of the target: wall time / hits of all")
@@ -166,10 +173,21 @@ def _us(figure: Figure) -> str:
 
 
 def _cell(done: dict[Cell, Figure], cell: Cell) -> tuple[str, str, str]:
-    figure = done.get(cell)
+    figure, floor = done.get(cell), _floor(done, cell)
     if figure is None:
         return "", "", ""
-    kind = "boosted" if cell.kind == "registers" else cell.kind  # the tracer in C takes them always
-    floor = done.get(Cell("tracer in C", kind, cell.threads, cell.pinned))
     spread = f"{min(figure.added_ns) / 1e3:.1f} - {max(figure.added_ns) / 1e3:.1f}"
     return _us(figure), spread, f"{figure.median / floor.median:.2f} x" if floor else ""
+
+
+def _cpu(done: dict[Cell, Figure], cell: Cell) -> tuple[str, str]:
+    figure, floor = done.get(cell), _floor(done, cell)
+    if figure is None:
+        return "", ""
+    least = min(figure.cpu_ns)
+    return f"{least / 1e3:.2f}", f"{least / min(floor.cpu_ns):.2f} x" if floor else ""
+
+
+def _floor(done: dict[Cell, Figure], cell: Cell) -> Figure | None:
+    kind = "boosted" if cell.kind == "registers" else cell.kind  # the tracer in C takes them always
+    return done.get(Cell("tracer in C", kind, cell.threads, cell.pinned))

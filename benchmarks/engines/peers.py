@@ -38,6 +38,8 @@ class Session:
 
     tools: tuple[int, ...] = ()
     """Processes that serve hits, and are placed with the target."""
+    runs: tuple[int, ...] = ()
+    """Others whose CPU time is of its hits."""
     calls: int = 0
     """Made meanwhile, for the tool to have seen."""
     hits: int = 0
@@ -80,7 +82,7 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
             probe = f"hit-{number}"
             plans = [rig.plan(KINDS[kind][1])]
             await tracer.register(probe, plans, fetches, rig.pid, returns=kind == "entry + return")
-            session = Session()
+            session = Session(runs=(tracer.process.pid,))
             yield session
             await tracer.client.unregister(probe)
             session.hits = await tracer.hits(probe, session.calls)

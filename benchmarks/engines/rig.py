@@ -21,6 +21,7 @@ from tests.support.children import Child, fields
 from tests.support.targets import SOURCES, compile_c
 from trapline.protocol import hits
 from trapline_agent.arch.x86_64.stepping import plan_step
+from trapline_agent.kernel import procfs
 from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as m
@@ -119,6 +120,17 @@ class Rig:
                     await asyncio.sleep(0.005)
         finally:
             os.close(memory)
+
+
+def cpu_ns(*pids: int) -> int:
+    """Returns the CPU time that all threads of some processes have had, in ns (proc_pid_schedstat: the first number)."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):
+                    total += int(procfs.read(f"/proc/{pid}/task/{task}/schedstat").split()[0])
+    return total
 
 
 @contextmanager

@@ -260,7 +260,7 @@ class TraceThread(threading.Thread):
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> bool:
-        """Serves one change of state; returns whether it was a hit of a probe. A failure here must not leave a thread stopped.
+        """Serves one change of state; returns whether it was a hit of a probe. A failure must not leave a thread stopped.
 
         One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
         thread that goes on already answers ESRCH to everything.)
