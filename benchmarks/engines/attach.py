@@ -35,8 +35,8 @@ NUMBERS = (1, 100, 1000)
 _SYMBOL = "many_{:04}"
 _PERF_MOST = 10
 _BPFTRACE_MOST = 100
-"""Probes of perf, and of a bpftrace that uses its events (0.17), take tens of ms each to come out, one after the other: a thousand
-of them more than a minute."""
+"""Probes of perf, and of a bpftrace that uses its events (0.17), take tens of ms each to come out, one after the other: a
+thousand of them more than a minute."""
 
 
 @dataclass
