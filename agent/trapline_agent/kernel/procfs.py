@@ -49,6 +49,11 @@ def read(path: str, limit: int = 1 << 16) -> bytes:
         _raise(e, path)
 
 
+def pids() -> list[int]:
+    """Returns the processes that there are now."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
 def tasks(pid: int) -> list[int]:
     """Returns the thread ids of a process."""
     try:

@@ -32,6 +32,7 @@ from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
+from trapline_agent.targets import maps
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -126,6 +127,8 @@ class TraceThread(threading.Thread):
         )
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
+        self._bereft = False
+        """One of our threads ended, and it may have been in a fork of which it told nothing."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
@@ -160,8 +163,7 @@ class TraceThread(threading.Thread):
     @property
     def ended(self) -> bool:
         """It takes no more commands, and is letting its tracees go or has done so."""
-        with self._lock:
-            return self._ended
+        return self._ended
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -169,9 +171,10 @@ class TraceThread(threading.Thread):
         try:
             while not self._finished():
                 tid, status = self._waiter.wait()
-                if tid > 0:
-                    self._serve(tid, status)
-                elif tid < 0:
+                # Hits change nothing of what is looked after below, and who wants something rings: they are served in a row.
+                while tid > 0 and self._serve(tid, status) and not self._wake.is_set():
+                    tid, status = self._waiter.wait()
+                if tid < 0:
                     for process in list(self._group.processes.values()):
                         self._forget(process, None)
                     if not self._finished():
@@ -195,17 +198,16 @@ class TraceThread(threading.Thread):
             for command in rest:
                 command.fail(Ended())
 
-    def _serve(self, tid: int, status: int) -> None:
+    def _serve(self, tid: int, status: int) -> bool:
         """Serves a stop, and with several threads all others that wait too, in turn: waitpid goes by the kernel's list, and
-        one thread's next hit would overtake the others for ever."""
+        one thread's next hit would overtake the others for ever. Returns whether all of them were hits of probes."""
         if len(self._group.threads) <= 2:
-            self._handle(tid, status)
-            return
+            return self._handle(tid, status)
         changes = [(tid, status)]
         while (change := self._waiter.wait(block=False))[0] > 0:
             changes.append(change)
-        for change in changes:
-            self._handle(*change)
+        hits = [self._handle(*change) for change in changes]
+        return all(hits)
 
     def _finished(self) -> bool:
         with self._lock:
@@ -225,11 +227,12 @@ class TraceThread(threading.Thread):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
                 del self._fork_parents[tid]
-        if not self._fork_parents:
+        if not self._fork_parents and self._bereft:
             # A parent that is killed in its fork tells of no child.
             for entry in os.listdir("/proc"):
                 if entry.isdigit() and int(entry) not in self._group.threads and self._is_mine(int(entry)):
                     return True
+            self._bereft = False
         return bool(self._fork_parents)
 
     def _is_mine(self, tid: int) -> bool:
@@ -256,8 +259,8 @@ class TraceThread(threading.Thread):
             process.awaited.clear()
             process.lingering = True
 
-    def _handle(self, tid: int, status: int) -> None:
-        """Serves one change of state. A failure here must not leave a thread stopped.
+    def _handle(self, tid: int, status: int) -> bool:
+        """Serves one change of state; returns whether it was a hit of a probe. A failure must not leave a thread stopped.
 
         One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
         thread that goes on already answers ESRCH to everything.)
@@ -265,16 +268,16 @@ class TraceThread(threading.Thread):
         for _ in range(_TRIES):
             try:
                 if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
-                    self._trap(thread)
-                else:
-                    self._other(tid, status)
-                return
+                    return self._trap(thread)
+                self._other(tid, status)
+                return False
             except ProcessLookupError:
-                return  # killed meanwhile: its end is reported to us too
+                return False  # killed meanwhile: its end is reported to us too
             except Exception:
                 log.exception("serving thread %d failed", tid)
         with contextlib.suppress(OSError):
             self._let_go_on(tid, status)
+        return False
 
     def _let_go_on(self, tid: int, status: int) -> None:
         """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
@@ -318,7 +321,8 @@ class TraceThread(threading.Thread):
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
-    def _trap(self, thread: Thread) -> None:
+    def _trap(self, thread: Thread) -> bool:
+        """Serves a SIGTRAP; returns whether it was a hit of a probe that is wanted."""
         ts = time.monotonic_ns()
         tid = thread.tid
         registers, words = self._registers, self._words
@@ -328,7 +332,7 @@ class TraceThread(threading.Thread):
         site = memory.sites.get(addr)
         if site is None or registers.signal_code(tid) != ptrace.SI_KERNEL:
             self._foreign_trap(thread, addr)
-            return
+            return False
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
         site.tally.traps += 1
@@ -353,6 +357,7 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
+        return not site.is_hook
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -447,6 +452,8 @@ class TraceThread(threading.Thread):
             return
         process = thread.process
         process.drop(tid)
+        if os.WIFSIGNALED(status) or process.threads:
+            self._bereft = True  # not by its own exit: by a signal, or by another thread's exit or exec
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
         if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
@@ -523,6 +530,7 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        self._bereft |= len(process.threads) > 1
         fresh = AddressSpace(tid)
         awaited = process.awaited.pop(tid, None)
         self._group.abandon(process)
@@ -588,12 +596,21 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False, parent: int = 0) -> None:
+    def attach(
+        self,
+        pid: int,
+        cause: str,
+        is_apart: Callable[[int], bool] = lambda pid: False,
+        *,
+        held: bool = False,
+        parent: int = 0,
+    ) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
 
         Args:
             pid: the process.
             cause: for the report.
+            is_apart: whether another process is known not to share its memory.
             held: it is a command of ours that has not begun.
             parent: its parent, where that is followed here: what it has of its parent's breakpoints is ours.
 
@@ -616,6 +633,7 @@ class TraceThread(threading.Thread):
         self._engine.adopted(process, self)
         try:
             if not held:
+                self._group.is_apart = is_apart
                 self._group.settle_all(process)
             if parent in self._group.processes and not process.memory.sites:
                 process.memory.inherit(self._group.processes[parent].memory)
@@ -625,6 +643,8 @@ class TraceThread(threading.Thread):
             process.lingering = True
             process.retry_at = 0.0
             raise
+        finally:
+            self._group.is_apart = lambda pid: False
 
     def reconcile(self, pid: int, cause: str) -> bool:
         """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
@@ -780,7 +800,7 @@ class TraceThread(threading.Thread):
         if cause in _STANDING:
             memory.written.clear()
         elif memory.written:
-            reports += self._look_again(process, cause)
+            reports += self._look_again(process)
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
@@ -790,12 +810,14 @@ class TraceThread(threading.Thread):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
 
-    def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
+    def _look_again(self, process: TracedProcess) -> list[SiteReport]:
         try:
-            now = procfs.tried(lambda: self._observer.wanted(process.id, cause))
+            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
         except OSError:
             return []  # it is gone, or cannot be looked at
-        gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
+        gone = process.memory.undo_strays(
+            lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid
+        )
         return [SiteReport(s.addr, s.plan, "gone") for s in gone]
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
