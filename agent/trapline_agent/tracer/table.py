@@ -367,7 +367,10 @@ class Table:
                         state=state,
                         cause=cause.removesuffix(ASYNC),
                         since_ns=since,
-                        may_have_missed=state == "armed" and cause in _MISSED,
+                        # Refused after all: calls since are not counted.
+                        may_have_missed=cause in _MISSED
+                        if state == "armed"
+                        else state == "refused" and known is not None and known.state == "armed",
                         reason=report.reason,
                         message=report.message,
                     )

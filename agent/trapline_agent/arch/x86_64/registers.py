@@ -14,6 +14,7 @@ ARGUMENT_REGISTERS: Final = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 """Integer arguments 0 to 5 (System V ABI, AMD64 supplement, 3.2.3)."""
 
 INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
+RAX: Final = INDEX["rax"]
 RIP: Final = INDEX["rip"]
 RSP: Final = INDEX["rsp"]
 EFLAGS: Final = INDEX["eflags"]

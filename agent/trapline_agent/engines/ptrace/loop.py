@@ -26,7 +26,8 @@ from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
-from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.pages import Diverted, SlotPages
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
@@ -115,6 +116,7 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
+        self._pages = SlotPages(self._registers, self._waiter)
         self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
@@ -321,7 +323,10 @@ class TraceThread(threading.Thread):
             self._foreign_trap(thread, addr)
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
-        self._stepper.leave_trap(thread, site)
+        if not site.paged or memory.runs_paged(site):
+            self._stepper.leave_trap(thread, site)
+        elif not self._leave_by_new_slot(thread, site):
+            return
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
@@ -343,6 +348,49 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
+
+    def _leave_by_new_slot(self, thread: Thread, site: Site) -> bool:
+        """As ``leave_trap`` for a site that has no slot yet, or none any more; takes it out where it can have none. Returns
+        False where another stop came first: the thread runs into the breakpoint again, and that counts then."""
+        process = thread.process
+        if thread.blocked:
+            # What is pending because SIGTRAP is blocked is not to be let in meanwhile.
+            with contextlib.suppress(OSError):
+                self._stepper.block_again(thread)
+        try:
+            self._pages.provide(thread, site)
+        except Diverted as stop:
+            if stop.status:
+                self._handle(thread.tid, stop.status)
+            else:
+                ptrace.cont(thread.tid)
+            return False
+        except Unsupported as e:
+            # This one goes on from the instruction itself, and so do those that wait at the breakpoint.
+            self._give_up(process, site, e)
+        self._group.soil(process.memory)
+        try:
+            procfs.tried(lambda: self._stepper.leave_trap(thread, site))
+        except ProcessLookupError:
+            raise
+        except OSError:
+            ptrace.cont(thread.tid)  # it stands at the breakpoint
+            return False
+        return True
+
+    def _give_up(self, process: TracedProcess, site: Site, error: Unsupported) -> None:
+        """Takes out a site that was armed and cannot be served after all."""
+        process.memory.disarm(site)
+        process.hooked = process.hooked and not site.is_hook
+        self._engine.again(process.id.pid)
+        if site.is_hook:
+            log.warning("the loader of process %d is not watched: %s", process.id.pid, error)
+            return
+        report = SiteReport(site.addr, site.plan, "refused", error.reason or error.code, str(error))
+        try:
+            self._observer.report(process.id, [report], "reconcile")
+        except Exception:
+            log.exception("it was not told that a site of process %d is refused: %s", process.id.pid, error)
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -649,11 +697,12 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
         objection = self._objection(process) if new else None
+        no_pages = self._pages.prospect(process)
         for request in new:
             try:
                 if objection is not None:
                     raise objection
-                memory.arm(request)
+                memory.arm(request, no_pages)
                 self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
