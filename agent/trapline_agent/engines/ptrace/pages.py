@@ -3,8 +3,8 @@
 What the kernel's uprobes have in ``[uprobes]`` (kernel/events/uprobes.c, xol_add_vma), the process has to map itself here.
 It does when one of its threads stands at a breakpoint whose instruction has no slot yet: in user code, at a known place,
 waited for by nobody. The thread runs a few instructions of ours in the unused end of the vDSO, which make the system call,
-put its registers back and lead it to the breakpoint again; we stop it at the call's end to see what came of it. A thread whose
-tracer is killed meanwhile goes that way by itself.
+put its registers back and lead it to the breakpoint again; we stop it at the call's end to see what came of it. A thread
+whose tracer is killed meanwhile goes that way by itself.
 
 All methods run on the tracer thread and may overwrite its register buffer.
 """
