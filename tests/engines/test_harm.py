@@ -26,6 +26,22 @@ def test_a_child_that_was_let_go_and_lives_on_does_not_hold_up_the_end(host: Hos
         assert altered_bytes(child.pid, [program]) == {}
 
 
+def test_a_process_that_is_to_join_and_was_born_to_us_meanwhile(host: Host, targets: Targets) -> None:
+    """A look saw it share its parent's memory; when the tracer thread comes to it, it is followed, and has its own."""
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        probe = host.register(host.files.plan(program, "target_forks"), tree=child.pid)
+        other = int(child.ask("hold 5").split()[-1])
+        while other not in (t.pid for t in probe.targets if t.state == "armed"):
+            pass  # it stands still at its birth
+        thread = host.engine._threads[other]
+        thread.call(lambda: thread.join_process(other, child.pid))
+        probe.unregister()
+        assert 0xCC not in {now for _, now in altered_bytes(other, [program]).values()}
+        child.ask("go")
+        assert child.count()["failed"] == 0
+
+
 def test_bytes_come_out_of_a_process_that_hides_itself(host: Host, targets: Targets) -> None:
     program = targets.build("odd")
     with targets.run("odd") as child, targets.run("odd") as other:

@@ -786,6 +786,10 @@ class TraceThread(threading.Thread):
     def join_process(self, pid: int, sharer: int) -> None:
         """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
         that one no longer is."""
+        if pid in self._group.processes:
+            # It was born to us after it was looked at, and may have an image of its own by now.
+            self.reconcile(pid, "reconcile")
+            return
         if sharer not in self._group.processes:
             raise Ended
         self._group.join(pid, sharer)
