@@ -1,4 +1,4 @@
-"""Displaced instructions of files without room behind their code: slot pages, which the process maps itself (ADR 0010).
+"""Displaced instructions of files without room behind their code: slot pages, which the process maps itself (ADR 0012).
 
 The contract suite runs over ``mapped-slots`` too, where no file has room. Here is what can only go wrong with pages.
 """

@@ -1,4 +1,4 @@
-"""The first hit of a place without room, at which the process maps slot pages: whatever comes between (ADR 0010)."""
+"""The first hit of a place without room, at which the process maps slot pages: whatever comes between (ADR 0012)."""
 
 from __future__ import annotations
 

@@ -360,10 +360,10 @@ class TraceThread(threading.Thread):
         try:
             self._pages.provide(thread, site)
         except Diverted as stop:
-            if stop.status:
-                self._handle(thread.tid, stop.status)
-            else:
+            if stop.status is None:
                 ptrace.cont(thread.tid)
+            else:
+                self._handle(thread.tid, stop.status)
             return False
         except Unsupported as e:
             # This one goes on from the instruction itself, and so do those that wait at the breakpoint.

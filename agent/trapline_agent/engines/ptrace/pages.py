@@ -1,4 +1,4 @@
-"""Slot pages: room for displaced instructions where a file has none behind its code (docs/adr/0010).
+"""Slot pages: room for displaced instructions where a file has none behind its code (docs/adr/0012).
 
 What the kernel's uprobes have in ``[uprobes]`` (kernel/events/uprobes.c, xol_add_vma), the process has to map itself here.
 It does when one of its threads stands at a breakpoint whose instruction has no slot yet: in user code, at a known place,
@@ -45,9 +45,9 @@ class Diverted(Exception):
     """The thread stopped for another reason first, or ended. If it lives it comes to the breakpoint again, with the
     registers that it had."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int | None) -> None:
         self.status = status
-        """The wait status, which has not been served; 0: it is to go on, by the code that it is in."""
+        """The wait status, which has not been served; None: it is to go on, by the code that it is in."""
 
 
 class SlotPages:
@@ -139,7 +139,7 @@ class SlotPages:
         code = call_stub(number, args, before, back)
         if not memory.put(stub, code):
             raise OSError(errno.EIO, f"the vDSO of process {thread.process.id.pid} cannot be written")
-        status = 0
+        status: int | None = None
         try:
             procfs.tried(lambda: ptrace.poke_user(tid, 8 * RIP, stub))
             for _ in ("entry", "exit"):
@@ -154,24 +154,24 @@ class SlotPages:
             procfs.tried(lambda: self._registers.load(tid))
             return words[RAX] if words[RAX] < 2**63 else words[RAX] - 2**64
         except OSError:
-            if status == 0:
+            if status is None:
                 raise
-            raise Diverted(0) from None
+            raise Diverted(None) from None
         finally:
             self._put_back(thread, status, before)
             memory.put(stub, bytes(len(code)))
 
-    def _put_back(self, thread: Thread, status: int, before: list[int]) -> None:
+    def _put_back(self, thread: Thread, status: int | None, before: list[int]) -> None:
         for i, value in enumerate(before):
             self._words[i] = value
         # (Not in the image that another thread's exec put in its place.)
-        if status == 0 or (os.WIFSTOPPED(status) and status >> 16 != ptrace.PTRACE_EVENT_EXEC):
+        if status is None or (os.WIFSTOPPED(status) and status >> 16 != ptrace.PTRACE_EVENT_EXEC):
             try:
                 procfs.tried(lambda: self._registers.store(thread.tid))
             except ProcessLookupError:
                 raise
             except OSError:
-                raise Diverted(0) from None  # the code does it too, and stays where it is
+                raise Diverted(None) from None  # the code does it too, and stays where it is
 
     def _is_fault(self, tid: int, status: int) -> bool:
         """Whether a thread stopped for a signal that the call itself made: one that forbids it (prctl(2),
