@@ -14,10 +14,10 @@ ARGUMENT_REGISTERS: Final = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 """Integer arguments 0 to 5 (System V ABI, AMD64 supplement, 3.2.3)."""
 
 INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
-RAX: Final = INDEX["rax"]
 RIP: Final = INDEX["rip"]
 RSP: Final = INDEX["rsp"]
 EFLAGS: Final = INDEX["eflags"]
+RAX: Final = INDEX["rax"]
 ORIG_RAX: Final = INDEX["orig_rax"]
 USER_CS_64: Final = 0x33
 """Code segment of 64-bit user code on Linux (arch/x86/include/asm/segment.h, __USER_CS)."""
