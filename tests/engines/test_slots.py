@@ -219,6 +219,18 @@ def test_a_program_that_unmaps_what_it_does_not_know(host: Host, targets: Target
             assert not any(content(child.pid, area))
 
 
+def test_a_child_in_the_same_memory_that_may_map_no_more(host: Host, targets: Targets) -> None:
+    """What it runs into is told of the process that the site is known of."""
+    program = full(host, targets)
+    with Child([program]) as child:
+        probe = host.register(host.files.plan(program, "target_slots"), pid=child.pid)
+        child.ask("limit")
+        assert child.ask("clone 3") == "ended 0"
+        assert reason(probe) == "NoRoom"
+        child.ask("call 3")
+        assert child.count()["wrong"] == 0
+
+
 def test_a_place_that_is_taken_meanwhile(host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
     program = full(host, targets)
     real, asked = pages._places, []

@@ -390,6 +390,8 @@ class TraceThread(threading.Thread):
 
     def _give_up(self, process: TracedProcess, site: Site, error: Unsupported) -> None:
         """Takes out a site that was armed and cannot be served after all."""
+        # (Of those that share the memory it is the first that sites are told of.)
+        process = next(iter(self._group.sharers(process.memory)), process)
         process.memory.disarm(site)
         process.hooked = process.hooked and not site.is_hook
         self._engine.again(process.id.pid)
