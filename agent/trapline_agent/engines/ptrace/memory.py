@@ -102,12 +102,13 @@ class AddressSpace:
 
     # --- breakpoints -------------------------------------------------------------------------------------------------
 
-    def arm(self, request: SiteRequest, no_pages: Callable[[Site], Unsupported | None]) -> Site:
+    def arm(self, request: SiteRequest, no_pages: Callable[[Site], Unsupported | None] = lambda site: None) -> Site:
         """Writes a breakpoint. The instruction in memory must be the file's (semantics R14).
 
         Args:
             request: what is wanted.
-            no_pages: says why a site cannot be given a slot at its first hit either, for one that can have none now.
+            no_pages: says why a site cannot be given a slot at its first hit either, for one that can have none now. What
+                that does not know shows at that hit.
 
         Raises:
             Unsupported: with the reason; nothing was written.
