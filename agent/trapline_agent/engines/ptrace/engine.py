@@ -149,12 +149,14 @@ class PtraceEngine:
                 if sharer is not None:
                     sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
                     return
+        seizer = 0
         try:
             if not self._attach_beside_parent(process, cause):
                 thread = self._start()
+                seizer = thread.native_id or 0
                 thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
-            reason, message = _why_not(process.pid, e, thread.native_id or 0)
+            reason, message = _why_not(process.pid, e, seizer)
             if reason:
                 self._refuse(process, wanted, cause, reason, message)
         except (ProcessLookupError, TimeoutError):

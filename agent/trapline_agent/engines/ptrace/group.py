@@ -211,9 +211,13 @@ class Group:
             pid = int(entry)
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
                 if _shares(asker, pid):
+                    if not procfs.has_memory(pid):
+                        break  # the one that is asked about has ended meanwhile: it shares nothing with kernel threads
                     self.join(pid, process.id.pid)
                     found = True
-        return found
+        else:
+            return found
+        return self.seize_sharers(process) or found
 
     def join(self, pid: int, sharer: int) -> None:
         """Follows a process that has the address space of one that is followed here. Raises OSError."""
