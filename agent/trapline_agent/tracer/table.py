@@ -597,7 +597,10 @@ class Table:
                         cause=cause,
                         hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=bool(missed) and state == "armed",
+                        # Refused after all: calls since are not counted.
+                        may_have_missed=bool(missed)
+                        if state == "armed"
+                        else state == "refused" and known is not None and known.state == "armed",
                         reason=report.reason,
                         message=report.message
                         or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),

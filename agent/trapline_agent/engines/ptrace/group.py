@@ -212,6 +212,9 @@ class Group:
         others = [p for p in procfs.pids() if p not in self.processes and not self.is_apart(p)]
         for pid in ptrace.sharers(asker, others)[0]:
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                if not procfs.has_memory(pid):
+                    # The one that is asked about has ended meanwhile: it shares nothing with kernel threads.
+                    return self.seize_sharers(process) or found
                 self.join(pid, process.id.pid)
                 found = True
         return found

@@ -27,6 +27,7 @@ from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.pages import Diverted, SlotPages
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
@@ -118,6 +119,7 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
+        self._pages = SlotPages(self._registers, self._waiter)
         self._group = Group(
             self._waiter,
             reaper,
@@ -334,7 +336,10 @@ class TraceThread(threading.Thread):
             self._foreign_trap(thread, addr)
             return False
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
-        self._stepper.leave_trap(thread, site)
+        if not site.paged or memory.runs_paged(site):
+            self._stepper.leave_trap(thread, site)
+        elif not self._leave_by_new_slot(thread, site):
+            return
         site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
@@ -358,6 +363,51 @@ class TraceThread(threading.Thread):
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
         return not site.is_hook
+
+    def _leave_by_new_slot(self, thread: Thread, site: Site) -> bool:
+        """As ``leave_trap`` for a site that has no slot yet, or none any more; takes it out where it can have none. Returns
+        False where another stop came first: the thread runs into the breakpoint again, and that counts then."""
+        process = thread.process
+        if thread.blocked:
+            # What is pending because SIGTRAP is blocked is not to be let in meanwhile.
+            with contextlib.suppress(OSError):
+                self._stepper.block_again(thread)
+        try:
+            self._pages.provide(thread, site)
+        except Diverted as stop:
+            if stop.status is None:
+                self._resume(thread)
+            else:
+                self._handle(thread.tid, stop.status)
+            return False
+        except Unsupported as e:
+            # This one goes on from the instruction itself, and so do those that wait at the breakpoint.
+            self._give_up(process, site, e)
+        self._group.soil(process.memory)
+        try:
+            procfs.tried(lambda: self._stepper.leave_trap(thread, site))
+        except ProcessLookupError:
+            raise
+        except OSError:
+            self._resume(thread)  # it stands at the breakpoint
+            return False
+        return True
+
+    def _give_up(self, process: TracedProcess, site: Site, error: Unsupported) -> None:
+        """Takes out a site that was armed and cannot be served after all."""
+        # (Of those that share the memory it is the first that sites are told of.)
+        process = next(iter(self._group.sharers(process.memory)), process)
+        process.memory.disarm(site)
+        process.hooked = process.hooked and not site.is_hook
+        self._engine.again(process.id.pid)
+        if site.is_hook:
+            log.warning("the loader of process %d is not watched: %s", process.id.pid, error)
+            return
+        report = SiteReport(site.addr, site.plan, "refused", error.reason or error.code, str(error))
+        try:
+            self._observer.report(process.id, [report], "reconcile")
+        except Exception:
+            log.exception("it was not told that a site of process %d is refused: %s", process.id.pid, error)
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -784,13 +834,14 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
         objection = self._objection(process) if new else None
+        no_pages = self._pages.prospect(process)
         for request in new:
             try:
                 if objection is not None:
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                memory.arm(request)
+                memory.arm(request, no_pages)
                 self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
@@ -876,6 +927,10 @@ class TraceThread(threading.Thread):
     def join_process(self, pid: int, sharer: int) -> None:
         """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
         that one no longer is."""
+        if pid in self._group.processes:
+            # It was born to us after it was looked at, and may have an image of its own by now.
+            self.reconcile(pid, "reconcile")
+            return
         if sharer not in self._group.processes:
             raise Ended
         self._group.join(pid, sharer)
