@@ -339,7 +339,7 @@ class TraceThread(threading.Thread):
         if not site.paged or memory.runs_paged(site):
             self._stepper.leave_trap(thread, site)
         elif not self._leave_by_new_slot(thread, site):
-            return
+            return False
         site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
