@@ -49,7 +49,7 @@ def main() -> int:
     try:
         tracer = Tracer(args.socket, stay=args.stay or bool(args.supervise), before_exec=standing.give_back)
     except OSError as e:
-        print(f"trapline-tracer: cannot listen on {args.socket}: {e.strerror or e}", file=sys.stderr)
+        print(f"trapline-tracer: cannot serve at {args.socket}: {e.strerror or e}", file=sys.stderr)
         return 2
     # What start-up made lives for ever; a collection in the middle of a hit would hold up the target for it.
     gc.collect()

@@ -34,6 +34,7 @@ from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.looks import Looks
+from trapline_agent.tracer.safeguard import Safeguard
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import ASYNC, Consumer, Table
 
@@ -69,6 +70,7 @@ class Tracer:
             OSError: the socket cannot be made there, or a tracer listens there already (EADDRINUSE).
         """
         self._path = path
+        self._server = listen(path)
         self._stay = stay
         self._before_exec = before_exec
         self._source = new_id("trc")
@@ -79,8 +81,9 @@ class Tracer:
         self._pending: set[object] = set()
         """What is among the news already and needs not be there twice."""
         self._table = Table(lambda: self._post_once("targets", self._send_targets))
-        self._table.self_pids = frozenset((os.getpid(),))
-        self._engine = PtraceEngine(self._table)
+        self._spared: tuple[int, ...] = ()
+        self._safeguard = Safeguard(path.with_suffix(".journal"))
+        self._engine = PtraceEngine(self._table, self._safeguard.journal)
         self._table.on_exit = self._process_ended
         self._capabilities = self._engine.capabilities()
         self._looks = Looks(self._engine)
@@ -113,9 +116,9 @@ class Tracer:
         self._next_reconcile = time.monotonic() + _RECONCILE_S
         self._mapped_due: dict[int, float] = {}
         self._selector = selectors.DefaultSelector()
-        self._server = listen(path)
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_r, selectors.EVENT_READ, self._woken)
+        self._start_guardian()
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -149,6 +152,7 @@ class Tracer:
             self._safely(self._shipper.close)
             self._safely(self._hook.close)
             self._safely(self._path.unlink, True)
+            self._safely(self._safeguard.close)
 
     def _safely(self, work: Callable[..., object], *args: object) -> None:
         """Does what nobody waits for; a failure must not end the process that holds the traps, nor keep it from what is to
@@ -252,7 +256,7 @@ class Tracer:
                 case m.Watch(names=names):
                     self._hook.watch(names)
                 case m.Spare(self_pids=pids):
-                    self._table.self_pids = frozenset((os.getpid(), *pids))
+                    self._spare(pids)
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
@@ -285,7 +289,7 @@ class Tracer:
     def _hello(self, hello: m.Hello) -> None:
         self._host = hello.host
         self._lease_s = hello.lease_s
-        self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
+        self._spare((hello.agent_pid, *hello.self_pids))
         assert self._agent is not None
         ready = m.Ready(
             protocol=m.PROTOCOL,
@@ -304,6 +308,28 @@ class Tracer:
         )
         self._shipper.connect(self._agent.socket, ready)
         self._stats.clear()
+
+    def _spare(self, pids: Iterable[int]) -> None:
+        self._spared = tuple(pids)
+        self._table.self_pids = frozenset({os.getpid(), self._safeguard.pid, *self._spared} - {0})
+
+    # --- the guardian ------------------------------------------------------------------------------------------------
+
+    def _start_guardian(self) -> None:
+        """Starts one, in the place of one that ended. Failing that it is tried again at each tick."""
+        try:
+            self._safeguard.start()
+        finally:
+            self._spare(self._spared)
+        self._selector.register(self._safeguard.descriptor(), selectors.EVENT_READ, self._guardian_ended)
+        if self._table.consumers:
+            self._reconcile_all()  # it may have been taken for a target before it was known
+
+    def _guardian_ended(self) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._safeguard.descriptor())
+        if self._safeguard.ended():
+            self._start_guardian()
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
@@ -466,6 +492,8 @@ class Tracer:
             self._shipper.send(m.Targets(probe=probe, targets=targets))
 
     def _tick(self, now: float) -> None:
+        if self._safeguard.ended():
+            self._safely(self._start_guardian)
         if retry := self._engine.tick():
             self._look(lambda: retry, "reconcile")
         for consumer in self._table.consumers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest
+from trapline_agent.engines.journal import Space
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
+
+log = logging.getLogger(__name__)
 
 _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
@@ -63,6 +67,8 @@ class AddressSpace:
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.records: Space | None = None
+        """Its part of the journal; None without one."""
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -71,14 +77,42 @@ class AddressSpace:
         fresh = _open(pid)
         os.close(self.fd)
         self.fd = fresh
+        if self.records is not None:
+            self.records.fd = fresh
 
     def close(self) -> None:
         """Gives up the descriptor when the last process that shares the address space is gone."""
         self.users -= 1
         if self.users == 0:
+            if self.records is not None:
+                self.records.close()
             # A number that is used again would lead a late write into another process.
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def journal(self, records: Space) -> None:
+        """Notes in the journal what is written from now on, and what came from a parent's memory."""
+        self.records = records
+        try:
+            for site in self.sites.values():
+                self._note(site)
+        except OSError:
+            # That was not written by us: it is there, and is served.
+            log.exception("the journal has no room for what a child has of its parent's breakpoints")
+
+    def belongs_to(self, pid: int, start_time: int) -> None:
+        """Notes which process has this memory, when one of those that share it is gone."""
+        if self.records is not None:
+            self.records.belongs_to(pid, start_time)
+
+    def _note(self, site: Site) -> None:
+        if self.records is not None:
+            file = site.plan.file
+            self.records.enter(site.addr, file.dev, file.inode, site.plan.offset, site.plan.code, BREAKPOINT)
+
+    def _forget(self, site: Site) -> None:
+        if self.records is not None:
+            self.records.clear(site.addr)
 
     # --- breakpoints -------------------------------------------------------------------------------------------------
 
@@ -117,7 +151,19 @@ class AddressSpace:
                     reason="NoRoom",
                     hint="probe another instruction of the function",
                 )
-        os.pwrite(self.fd, BREAKPOINT, addr)
+        try:
+            self._note(site)
+        except OSError as e:
+            raise Unsupported(
+                f"the tracer's journal has no room: {e.strerror or e}",
+                reason="NoJournal",
+                hint="make room where the tracer's socket is",
+            ) from e
+        try:
+            os.pwrite(self.fd, BREAKPOINT, addr)
+        except OSError:
+            self._forget(site)
+            raise
         self.written.append((addr, BREAKPOINT, site))
         self.sites[addr] = site
         if site.slot and not self._keeps_slot(site.slot):
@@ -146,6 +192,7 @@ class AddressSpace:
         elif site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
+        self._forget(site)
         self.former[site.addr] = site
         return True
 
@@ -177,6 +224,7 @@ class AddressSpace:
             self.slots.pop(addr, None)
             if self.sites.get(site.addr) is site:
                 del self.sites[site.addr]
+                self._forget(site)
                 gone.append(site)
         return gone
 
