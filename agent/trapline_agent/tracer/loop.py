@@ -118,7 +118,6 @@ class Tracer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_r, selectors.EVENT_READ, self._woken)
-        self._start_guardian()
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -127,6 +126,7 @@ class Tracer:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda signum, frame: self._post(self._stop))
+        self._safely(self._start_guardian)
         log.info("tracer ready on %s (%s)", self._path, self._source)
         try:
             while not self._done:
