@@ -10,6 +10,7 @@ want() { # command package...
 want gcc gcc libc6-dev
 want readelf binutils
 want gdb gdb
+want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2
 command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || missing="$missing chromium"

@@ -17,8 +17,9 @@ from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
-from trapline_agent.engines.journal import Journal
+from trapline_agent.engines.journal import Journal, boot_id, parse, pid_namespace
 from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FetchPlan, SitePlan
@@ -113,6 +114,11 @@ class Host:
     def reconcile(self, pid: int) -> None:
         self.engine.reconcile(ProcessId(pid, procfs.start_time(pid)), "reconcile")
 
+    def tick(self) -> None:
+        """Has the engine try again what it could not do."""
+        if retry := self.engine.tick():
+            self.looks.run(lambda: retry, "reconcile")
+
     def follows(self, pid: int) -> bool:
         """Whether the engine has anything to do with a process still."""
         if isinstance(self.engine, FakeEngine):
@@ -154,8 +160,11 @@ class Host:
             self.unregister(consumer.probe)
         self.engine.close()
         if self.journal is not None:
+            data = os.pread(self.journal.fd, os.fstat(self.journal.fd).st_size, 0)
             os.close(self.journal.fd)
-            assert len(self.journal) == 0, "nothing is armed, and the journal has something"
+            entries = [e for _, e in parse(data, boot_id(), pid_namespace()).entries]
+            left = [e for e, outcome in restore_all(entries, kin_of=entries) if outcome is Outcome.RESTORED]
+            assert not left, f"all was taken out, but for {left}"
 
 
 class Probe:

@@ -17,6 +17,7 @@ INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
 RIP: Final = INDEX["rip"]
 RSP: Final = INDEX["rsp"]
 EFLAGS: Final = INDEX["eflags"]
+RAX: Final = INDEX["rax"]
 ORIG_RAX: Final = INDEX["orig_rax"]
 USER_CS_64: Final = 0x33
 """Code segment of 64-bit user code on Linux (arch/x86/include/asm/segment.h, __USER_CS)."""
