@@ -218,7 +218,12 @@ class Space:
             # A number of its own: what the guardian knows by the one before may be other memory.
             self.number = self._journal._show(self)
             entry = entry._replace(space=self.number)
-        self._records[addr] = (self._journal._put(entry), entry)
+        try:
+            self._records[addr] = (self._journal._put(entry), entry)
+        except OSError:
+            if not self._records:
+                self._journal._hide(self)
+            raise
 
     def clear(self, addr: int) -> None:
         """Notes that nothing of ours is there any more; where nothing was, does nothing."""
