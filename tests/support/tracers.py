@@ -35,8 +35,9 @@ class Traced:
         try:
             asyncio.run(self._arm(path))
             self.guardian = self.ready_guardian()
-        except BaseException:
+        except BaseException as e:
             self.child.kill()
+            e.add_note((path.parent / "log").read_text()[-4000:])
             raise
 
     async def _arm(self, path: Path) -> None:
