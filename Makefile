@@ -101,6 +101,7 @@ torture: setup ## tests/torture at full length: storms, kills and failures by th
 .PHONY: bench
 bench: setup ## measure: cost of a hit beside gdb and python-ptrace, hits/s end to end
 	$(BIN)/python -m benchmarks.engines.ptrace
+	$(BIN)/python -m benchmarks.engines.killed
 	$(BIN)/python -m benchmarks.pipeline.end_to_end
 
 # --- keep ------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,12 @@ def set_name(name: str) -> None:
     _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
-def lock_memory() -> None:
-    """Keeps all that this process has mapped, and will map, in memory: mlockall(2). Raises OSError."""
-    if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) < 0:
+def lock_memory(*, future: bool = True) -> None:
+    """Keeps all that this process has mapped in memory: mlockall(2). Raises OSError.
+
+    Args:
+        future: also what it will map; that fails then, where it would be more than RLIMIT_MEMLOCK.
+    """
+    if _libc.mlockall(_MCL_CURRENT | (_MCL_FUTURE if future else 0)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mlockall: {os.strerror(code)}")

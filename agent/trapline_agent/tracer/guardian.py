@@ -157,7 +157,7 @@ def main() -> None:
     guardian = Guardian(socket.socket(fileno=tracer), file, pidfd)
     # All of these only make it quicker: where they are not permitted it does without.
     with contextlib.suppress(OSError):
-        process.lock_memory()
+        process.lock_memory(future=False)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(PRIORITY))
     except OSError:

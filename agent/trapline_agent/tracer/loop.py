@@ -61,10 +61,18 @@ _UCRED = struct.Struct("=iII")
 class Tracer:
     """One tracer process. ``run`` on the main thread; it returns when it is to exit and nothing is armed any more."""
 
-    def __init__(self, path: Path, *, stay: bool = False, before_exec: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        journal: Path | None = None,
+        stay: bool = False,
+        before_exec: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             path: where to listen; a stale socket there is replaced.
+            journal: what is armed; None: beside the socket. What an earlier tracer left is taken out by it.
             stay: go on without an agent after the lease ended (nothing is armed then), instead of exiting.
             before_exec: called in the child that becomes a launched command.
 
@@ -83,7 +91,7 @@ class Tracer:
         self._pending: set[object] = set()
         """What is among the news already and needs not be there twice."""
         self._table = Table(lambda: self._post_once("targets", self._send_targets))
-        self._safeguard = Safeguard(path.with_suffix(".journal"))
+        self._safeguard = Safeguard(journal or path.with_suffix(".journal"))
         self._engine = PtraceEngine(self._table, self._safeguard.journal)
         self._table.on_exit = self._process_ended
         self._guard = Guard(self._table, self._look_at)
