@@ -13,17 +13,18 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.engines.host import Files
-from tests.support.children import Child
+from tests.support.children import Child, ChildDied
 from tests.support.targets import Targets
 from tests.support.tracers import Traced, memory_of, restored_after
 
@@ -39,6 +40,13 @@ class Row:
     wrong: int = 0
     """Processes that went on and counted wrong, or ended otherwise than by SIGTRAP."""
     restored_us: list[float] = field(default_factory=list)
+
+    def bury(self, children: list[Child]) -> list[Child]:
+        """Books those that have ended, and returns the others."""
+        for child in [c for c in children if not c.alive()]:
+            self.deaths += child.wait() == -signal.SIGTRAP
+            self.wrong += child.wait() != -signal.SIGTRAP
+        return [c for c in children if c.alive()]
 
     def text(self) -> str:
         share = 100 * self.deaths / max(self.processes, 1)
@@ -71,7 +79,7 @@ def measure(rate: str, kills: int, directory: Path, dice: random.Random) -> Row:
     with ExitStack() as stack:
         children: list[Child] = []
         for _ in range(kills):
-            children = [c for c in children if c.alive()]
+            children = row.bury(children)
             while len(children) < PROCESSES.get(rate, 1):
                 child = targets.start(name, "1" if rate == "max" else rate)
                 stack.callback(child.kill)
@@ -93,14 +101,14 @@ def measure(rate: str, kills: int, directory: Path, dice: random.Random) -> Row:
             row.kills += 1
             row.processes += len(children)
             time.sleep(0.01 if rate in ("max", "1000") else 0.15)  # so that each has called once more
-            for child in children:
-                if not child.alive():
-                    row.deaths += child.wait() == -5
-                    row.wrong += child.wait() != -5
-                elif rate == "max":
-                    child.ask("stop")
-                    row.wrong += child.count()["wrong"]
-                    child.ask("start")
+            children = row.bury(children)
+            if rate == "max":
+                for child in children:
+                    with suppress(ChildDied):
+                        child.ask("stop")
+                        row.wrong += child.count()["wrong"] != 0
+                        child.ask("start")
+        row.bury(children)
     return row
 
 
