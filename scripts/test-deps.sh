@@ -10,6 +10,7 @@ want() { # command package...
 want gcc gcc libc6-dev
 want readelf binutils
 want gdb gdb
+want strace strace
 want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2
