@@ -33,6 +33,7 @@ from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
+from trapline_agent.kernel.robust import DeathWatch
 from trapline_agent.targets import maps
 
 log = logging.getLogger(__name__)
@@ -104,10 +105,11 @@ class _Command(Generic[T]):
 class TraceThread(threading.Thread):
     """See the module. Methods that begin with an underscore run on the thread itself."""
 
-    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper) -> None:
+    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper, watch: DeathWatch | None = None) -> None:
         super().__init__(name="trapline-trace", daemon=True)
         self._engine = engine
         self._observer = observer
+        self._watch = watch
         self._lock = threading.Lock()
         self._commands: deque[_Command[object]] = deque()
         self._wake = threading.Event()
@@ -170,6 +172,14 @@ class TraceThread(threading.Thread):
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        held = self._watch.hold() if self._watch is not None else None
+        try:
+            self._run()
+        finally:
+            if self._watch is not None:
+                self._watch.let_go(held)
+
+    def _run(self) -> None:
         try:
             while not self._finished():
                 tid, status = self._waiter.wait()
@@ -590,7 +600,7 @@ class TraceThread(threading.Thread):
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
-        old.close()
+        self._leave(old)
         with contextlib.suppress(OSError):
             process.comm = procfs.comm(tid)
         process.execs += 1
@@ -611,8 +621,13 @@ class TraceThread(threading.Thread):
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
-        process.memory.close()
+        self._leave(process.memory)
         self._engine.forgot(process, status)
+
+    def _leave(self, memory: AddressSpace) -> None:
+        memory.close()
+        if rest := self._group.sharers(memory):
+            memory.belongs_to(*rest[0].id)
 
     # --- letting threads go on ---------------------------------------------------------------------------------------
 

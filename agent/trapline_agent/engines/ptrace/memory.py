@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +19,12 @@ from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
 from trapline_agent.engines.base import Sink, SiteRequest, Tally
+from trapline_agent.engines.journal import Space
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
+
+log = logging.getLogger(__name__)
 
 AREA_BYTES = 1 << 16
 """Of the slot pages that a process maps at once, where its files have no room."""
@@ -81,6 +85,8 @@ class AddressSpace:
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.records: Space | None = None
+        """Its part of the journal; None without one."""
         self.foreign: set[int] = set()
         """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
 
@@ -91,14 +97,42 @@ class AddressSpace:
         fresh = _open(pid)
         os.close(self.fd)
         self.fd = fresh
+        if self.records is not None:
+            self.records.fd = fresh
 
     def close(self) -> None:
         """Gives up the descriptor when the last process that shares the address space is gone."""
         self.users -= 1
         if self.users == 0:
+            if self.records is not None:
+                self.records.close()
             # A number that is used again would lead a late write into another process.
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def journal(self, records: Space) -> None:
+        """Notes in the journal what is written from now on, and what came from a parent's memory."""
+        self.records = records
+        try:
+            for site in self.sites.values():
+                self._note(site)
+        except OSError:
+            # That was not written by us: it is there, and is served.
+            log.exception("the journal has no room for what a child has of its parent's breakpoints")
+
+    def belongs_to(self, pid: int, start_time: int) -> None:
+        """Notes which process has this memory, when one of those that share it is gone."""
+        if self.records is not None:
+            self.records.belongs_to(pid, start_time)
+
+    def _note(self, site: Site) -> None:
+        if self.records is not None:
+            file = site.plan.file
+            self.records.enter(site.addr, file.dev, file.inode, site.plan.offset, site.plan.code, BREAKPOINT)
+
+    def _forget(self, site: Site) -> None:
+        if self.records is not None:
+            self.records.clear(site.addr)
 
     # --- breakpoints -------------------------------------------------------------------------------------------------
 
@@ -140,7 +174,19 @@ class AddressSpace:
                 site.paged = True
                 if not self.place_in_area(site) and (refusal := no_pages(site)) is not None:
                     raise refusal
-        os.pwrite(self.fd, BREAKPOINT, addr)
+        try:
+            self._note(site)
+        except OSError as e:
+            raise Unsupported(
+                f"the tracer's journal has no room: {e.strerror or e}",
+                reason="NoJournal",
+                hint="make room where the tracer's socket is",
+            ) from e
+        try:
+            os.pwrite(self.fd, BREAKPOINT, addr)
+        except OSError:
+            self._forget(site)
+            raise
         self.written.append((addr, BREAKPOINT, site))
         self.sites[addr] = site
         if site.slot and not self._keeps_slot(site.slot):
@@ -169,6 +215,7 @@ class AddressSpace:
         if site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
+        self._forget(site)
         self.former[site.addr] = site
         return True
 
@@ -200,6 +247,7 @@ class AddressSpace:
             self.slots.pop(addr, None)
             if self.sites.get(site.addr) is site:
                 del self.sites[site.addr]
+                self._forget(site)
                 gone.append(site)
         return gone
 
