@@ -21,7 +21,7 @@ from typing import Protocol
 import msgspec
 
 from trapline.errors import TraplineError, Unavailable
-from trapline.model import Cause, Counters, DesiredProbe, Point, PointKind, ProbeSpec, Target, TargetState
+from trapline.model import Cause, Counters, DesiredProbe, Point, PointKind, ProbeKind, ProbeSpec, Target, TargetState
 from trapline.protocol.messages import Observed
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan
@@ -108,7 +108,14 @@ class ProbeRun:
         now = self.stats
         if now is None:
             return Counters()
-        return Counters(hits=now.hits, filtered=now.filtered, limited=now.limited, dropped=sum(now.drops.values()))
+        return Counters(
+            hits=now.hits,
+            filtered=now.filtered,
+            limited=now.limited,
+            dropped=sum(now.drops.values()),
+            calls=now.calls,
+            unreturned=sum(now.unreturned.values()),
+        )
 
     def tracer_lost(self) -> None:
         """The tracer ended, or took everything out: its targets are gone, and its counters will begin at zero again."""
@@ -296,6 +303,7 @@ class Reconciler:
             targets=list(run.targets.values()),
             counters=run.counters,
             dropped_by_reason=dict(run.stats.drops) if run.stats else {},
+            unreturned_by_reason=dict(run.stats.unreturned) if run.stats else {},
             overhead_ns=(run.stats.overhead_ns or None) if run.stats else None,
             error=run.error.to_wire() if run.error else None,
         )
@@ -365,6 +373,7 @@ class Reconciler:
                 fetches=run.registered.fetches,
                 where=run.registered.where,
                 max_hits=max_hits,
+                returns=desired.spec.kind is ProbeKind.RETURN,
             )
         except TraplineError as e:
             return e

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
     PointKind,
+    ProbeKind,
     ProbeSpec,
     ResolvedSite,
     Symbol,
@@ -24,6 +25,7 @@ from trapline.model import (
     TargetState,
 )
 from trapline.spec import require_supported
+from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.program import lower
 from trapline_agent.objects import Finder, FoundFile, scan
@@ -72,6 +74,8 @@ class _Place:
     offset: int
     symbol: SymbolAt | None = None
     error: TraplineError | None = None
+    go: bool = False
+    """It is behind the stack check of a Go function."""
 
     @property
     def symbol_offset(self) -> int:
@@ -135,7 +139,7 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
-        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures))
+        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -194,7 +198,10 @@ class Resolver:
     def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
-            for place in _places(spec, index, _shown(spec, file)):
+            places = _places(spec, index, _shown(spec, file))
+            if spec.kind is ProbeKind.RETURN:
+                places = (_entry(fd, index, place, _shown(spec, file)) for place in places)
+            for place in places:
                 if len(plan.resolved) >= MAX_SITES:
                     note = f"more than {MAX_SITES} places match; the rest is left out"
                     if note not in plan.notes:
@@ -237,6 +244,7 @@ class Resolver:
                 code=code,
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
+                go=place.go,
             )
         )
 
@@ -420,6 +428,29 @@ def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str
             reason="BeyondFunction",
         )
     return _Place(symbol.offset + offset, symbol, error)
+
+
+def _entry(fd: int, index: SymbolIndex, place: _Place, module: str) -> _Place:
+    """Returns the place where a return probe sees calls begin: a function's first instruction, where the return address is
+    the word that the stack pointer leads to. In Go that is behind the stack check, which begins the function anew."""
+    if place.error is not None:
+        return place
+    symbol = place.symbol
+    if symbol is None:
+        return place  # nothing says that it is not one: a stripped file
+    if place.symbol_offset:
+        error = Unsupported(
+            f"{module}:{place.label} is inside of a function, and a return probe needs its first instruction",
+            hint="a call's return address is where the stack pointer leads to only there",
+            suggestions=[f"ur:{module}:{symbol.name}"],
+            reason="NotAFunction",
+        )
+        return replace(place, error=error)
+    check = 0
+    if index.is_go:
+        size = min(GO_CHECK_BYTES, max(0, index.end_of(symbol) - symbol.offset))
+        check = go_body(_read(fd, index, place.offset, size))
+    return replace(place, offset=place.offset + check, go=index.is_go)
 
 
 def _read(fd: int, index: SymbolIndex, offset: int, size: int) -> bytes:

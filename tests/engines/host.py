@@ -78,6 +78,7 @@ class Host:
         probe: str = "p",
         fetches: Sequence[FetchPlan] = (),
         max_hits: int = 0,
+        returns: bool = False,
         **where: object,
     ) -> Probe:
         """Registers a probe: publishes it, then looks at every process."""
@@ -91,8 +92,9 @@ class Host:
             fetches=list(fetches),
             where={k: str(v) for k, v in where.items()},
             max_hits=max_hits,
+            returns=returns,
         )
-        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
+        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns))
         self._consumers[probe] = consumer
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)
@@ -163,6 +165,18 @@ class Probe:
     @property
     def ring(self) -> HitRing:
         return self._consumer.ring
+
+    @property
+    def calls(self) -> int:
+        return self.ring.calls
+
+    @property
+    def unreturned(self) -> dict[str, int]:
+        return dict(self.ring.unreturned)
+
+    @property
+    def in_flight(self) -> int:
+        return self.ring.in_flight
 
     @property
     def targets(self) -> list[TargetState]:

@@ -169,6 +169,7 @@ class TracerClient:
         fetches: Sequence[FetchPlan] = (),
         where: Mapping[str, str] | None = None,
         max_hits: int = 0,
+        returns: bool = False,
     ) -> None:
         """Registers a probe, or adds sites to it; returns when every process that maps the files now is armed or refused.
 
@@ -184,6 +185,7 @@ class TracerClient:
                 fetches=list(fetches),
                 where=dict(where or {}),
                 max_hits=max_hits,
+                returns=returns,
             )
         )
 

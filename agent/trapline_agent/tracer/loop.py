@@ -29,6 +29,7 @@ from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import LATENCY
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.hooks import MappingHook
@@ -318,6 +319,7 @@ class Tracer:
             return HitRing(
                 message.fetches,
                 max_hits=message.max_hits,
+                returns=message.returns,
                 on_data=self._shipper.data,
                 on_limit=lambda: self._post(lambda: self._complete(message.probe)),
             )
@@ -458,6 +460,8 @@ class Tracer:
             hits=ring.hits,
             limited=ring.limited,
             drops=dict(ring.drops),
+            calls=ring.calls,
+            unreturned=dict(ring.unreturned),
             overhead_ns=ring.median_overhead_ns(),
         )
 
@@ -583,6 +587,8 @@ def _check_register(message: m.Register) -> None:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
     for fetch in message.fetches:
+        if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
+            continue
         if fetch.register not in REGISTERS:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")
         if not 1 <= fetch.max_bytes <= _MAX_FETCH_BYTES:

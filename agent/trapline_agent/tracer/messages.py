@@ -55,6 +55,8 @@ class Register(Message, tag="register"):
     where: dict[str, str] = {}
     """pid tree comm exe uid: all must match (shell patterns for comm and exe)."""
     max_hits: int = 0
+    returns: bool = False
+    """The sites are entries of functions; a hit is a return from one."""
 
 
 class Unregister(Message, tag="unregister"):
@@ -157,6 +159,10 @@ class Stats(Message, tag="stats"):
     filtered: int = 0
     limited: int = 0
     drops: dict[str, int] = {}
+    calls: int = 0
+    """Of a return probe: calls that began."""
+    unreturned: dict[str, int] = {}
+    """Those of them that will not be seen to return, by reason."""
     overhead_ns: float = 0.0
 
 

@@ -27,11 +27,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from trapline.errors import Conflict
+from trapline.errors import Conflict, Unsupported
 from trapline.ids import new_id
-from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
+from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
@@ -40,6 +40,7 @@ from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.messages import Register, TargetState
+from trapline_agent.tracer.places import Places
 
 ASYNC = "-async"
 """Suffix of a cause that came after the fact: calls may have run before the process was armed."""
@@ -59,6 +60,8 @@ class Consumer:
     held: dict[FileKey, int] = field(default_factory=dict)
     """O_PATH descriptors that keep the inodes from being used again (R9)."""
     sinks: dict[int, Sink] = field(default_factory=dict)
+    return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
+    """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
     source: str = field(default_factory=lambda: new_id("trc"))
@@ -76,7 +79,9 @@ class Consumer:
     def add(self, plans: Iterable[SitePlan]) -> None:
         self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
-            if plan.site not in self.sinks:
+            if self.register.returns:
+                self.return_sinks.setdefault(plan.site, self.ring.return_sink(plan.site))
+            elif plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
                 with contextlib.suppress(OSError):
@@ -124,6 +129,7 @@ class Table:
         self._loaders: dict[FileKey, SitePlan] = {}
         self._ancestors: dict[ProcessId, tuple[int, ...]] = {}
         """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
+        self._places = Places()
         self._lock = threading.Lock()
         self._on_change = on_change
         self.self_pids: frozenset[int] = frozenset()
@@ -195,6 +201,8 @@ class Table:
         for consumer in self._consumers.values():
             for plan in consumer.plans.values():
                 by_file.setdefault(plan.file, []).append((plan, consumer))
+        if not any(c.register.returns for c in self._consumers.values()):
+            self._places.clear()
         self._now = _Snapshot(
             tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
         )
@@ -294,14 +302,11 @@ class Table:
                 addr = mapping.addr(plan.offset)
                 if addr is None or consumer not in matching:
                     continue
-                sink = consumer.sinks[plan.site]
-                known = sites.get(addr)
+                known = sites.get(addr) or _request(addr, plan, mapping, mappings)
                 sites[addr] = (
-                    _request(addr, plan, mapping, mappings, (sink,))
-                    if known is None
-                    else SiteRequest(
-                        addr, known.plan, (*known.sinks, sink), slack_addr=known.slack_addr, refusal=known.refusal
-                    )
+                    replace(known, returns=(*known.returns, consumer.return_sinks[plan.site]))
+                    if consumer.register.returns
+                    else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
                 )
         keep = any(c.follows for c in matching)
         if sites or keep:
@@ -309,10 +314,22 @@ class Table:
                 loader = now.loaders.get(mapping.file)
                 if loader is None or (addr := mapping.addr(loader.offset)) is None:
                     continue
-                hook = _request(addr, loader, mapping, mappings, ())
                 if addr not in sites:
-                    sites[addr] = SiteRequest(addr, loader, (), True, hook.slack_addr, hook.refusal)
+                    sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
         return Wanted(list(sites.values()), keep, still_mapped)
+
+    def place(self, process: ProcessId, addr: int) -> SiteRequest:
+        mappings = maps.parse_maps(self._proc.maps(process.pid))
+        mapping = next((m for m in mappings if m.start <= addr < m.end), None)
+        if mapping is None:
+            raise Unsupported(
+                f"process {process.pid} has no code of a file at {addr:#x}: what calls was made at run time, or by hand",
+                reason="GeneratedCode",
+            )
+        plan = self._places.plan(
+            mapping, addr, lambda offset, size: self._proc.content(process.pid, mapping, offset, size)
+        )
+        return _request(addr, plan, mapping, mappings)
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -403,12 +420,15 @@ class Table:
 
 
 def _same_terms(one: Register, other: Register) -> bool:
-    return (one.fetches, one.where, one.max_hits) == (other.fetches, other.where, other.max_hits)
+    return (one.fetches, one.where, one.max_hits, one.returns) == (
+        other.fetches,
+        other.where,
+        other.max_hits,
+        other.returns,
+    )
 
 
-def _request(
-    addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping], sinks: tuple[Sink, ...]
-) -> SiteRequest:
+def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping]) -> SiteRequest:
     refusal = None
     if mapping.writable or mapping.shared:
         kind = "writable" if mapping.writable else "shared"
@@ -426,7 +446,7 @@ def _request(
             if at is not None and at + plan.slack_len <= other.end:
                 slack_addr = at
                 break
-    return SiteRequest(addr, plan, sinks, slack_addr=slack_addr, refusal=refusal)
+    return SiteRequest(addr, plan, slack_addr=slack_addr, refusal=refusal)
 
 
 def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:

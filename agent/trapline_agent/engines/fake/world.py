@@ -244,6 +244,9 @@ class World:
                 for m in sorted(self._alive(pid).memory.mappings)
             )
 
+    def content(self, pid: int, mapping: Mapping, offset: int, size: int) -> bytes:
+        return self.files[mapping.file].content[offset : offset + size]
+
     def start_time(self, pid: int) -> int:
         return self._alive(pid).start_time
 

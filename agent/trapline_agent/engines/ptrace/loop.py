@@ -25,9 +25,11 @@ from typing import Generic, Protocol, TypeVar
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Observer, ProcessId, SiteReport
+from trapline_agent.engines.frames import DISARMED, ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.ptrace.reaper import Reaper
+from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
@@ -116,6 +118,9 @@ class TraceThread(threading.Thread):
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
         self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
+        self._returns = Returns(observer, self._group.soil)
+        self._fork_calls: dict[int, Frames] = {}
+        """Calls that were in flight in a parent when it forked, by the id of the child."""
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
@@ -241,6 +246,7 @@ class TraceThread(threading.Thread):
     def take_out(self) -> None:
         """Takes every byte out and lets every process go, whatever is wanted. On this thread; asks /proc nothing."""
         for process in self._group.processes.values():
+            self._returns.retain(process.memory, (), ())
             for site in list(process.memory.sites.values()):
                 process.memory.disarm(site)
                 process.dirty = True
@@ -322,13 +328,18 @@ class TraceThread(threading.Thread):
             return
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
+        call = None
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
             else:
+                if site.awaiting:
+                    self._returns.returned(ts, thread, site, words)
                 pid, fd = thread.process.id.pid, memory.fd
                 for sink in site.sinks:
                     sink(ts, pid, tid, words, fd)
+                if site.returns:
+                    call = self._returns.entered(ts, thread, site, words)
             if thread.blocked:
                 procfs.tried(lambda: self._stepper.block_again(thread))
             if site.is_hook:
@@ -338,6 +349,8 @@ class TraceThread(threading.Thread):
             log.exception("a hit of thread %d was not served whole", tid)
         thread.settled = True
         thread.hits += 1
+        if call is not None:
+            call.entered_ns = time.monotonic_ns()
         self._resume(thread)
         if not thread.hits & _SAMPLE_MASK:
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
@@ -409,15 +422,18 @@ class TraceThread(threading.Thread):
                 child = ptrace.event_message(tid)
                 if child not in self._group.threads:
                     self._fork_parents[child] = thread.process
+                    self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
         if thread is None:
             return
         process = thread.process
         process.drop(tid)
+        self._returns.thread_ended(process.memory, tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
         if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
@@ -430,6 +446,7 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is not None:
             self._fork_parents.pop(tid, None)
+            self._fork_calls.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
@@ -449,6 +466,7 @@ class TraceThread(threading.Thread):
             return
         self._adopt(pid, tid, parent, status)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
@@ -474,6 +492,9 @@ class TraceThread(threading.Thread):
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
+            # The parent may have returned from some of them since; before its event it cannot have.
+            calls = self._fork_calls.get(tid)
+            child.memory.calls.frames = parent.memory.calls.frames.copy() if calls is None else calls
         thread = self._include(child, tid)
         thread.settled = True
         self._stepper.note_mask(thread)
@@ -502,6 +523,7 @@ class TraceThread(threading.Thread):
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
+        self._returns.left(process, old, EXECED)
         old.close()
         with contextlib.suppress(OSError):
             process.comm = procfs.comm(tid)
@@ -523,6 +545,7 @@ class TraceThread(threading.Thread):
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
+        self._returns.left(process, process.memory, DISARMED if status is None else ENDED)
         process.memory.close()
         self._engine.forgot(process, status)
 
@@ -616,14 +639,18 @@ class TraceThread(threading.Thread):
             # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
             log.exception("process %d cannot be looked at; it is tried again", process.id.pid)
             self._engine.again(process.id.pid)
+            wished = {s.addr: s for s in memory.sites.values() if s.returns and self._observer.is_wanted(s.plan)}
+            self._returns.retain(memory, [sink for s in wished.values() for sink in s.returns], wished)
             for site in list(memory.sites.values()):
-                if not self._observer.is_wanted(site.plan):
+                if not site.awaiting and not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     self._group.soil(memory)
             process.lingering = not memory.sites and not process.held
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
+        returning = [sink for r in wanted.sites for sink in r.returns]
+        self._returns.retain(memory, returning, [r.addr for r in wanted.sites if r.returns])
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
             if (
@@ -634,11 +661,21 @@ class TraceThread(threading.Thread):
                 and memory.has_breakpoint(site.addr)
             ):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
-                joined = site.sinks != request.sinks
-                site.sinks = request.sinks
+                joined = (site.sinks, site.returns) != (request.sinks, request.returns)
+                site.sinks, site.returns = request.sinks, request.returns
                 site.is_hook = request.is_hook
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
+                continue
+            if (
+                request is None
+                and site.awaiting
+                and wanted.still_mapped(site.addr, site.plan)
+                and memory.has_breakpoint(site.addr)
+            ):
+                if site.sinks or site.returns:
+                    reports.append(SiteReport(site.addr, site.plan, "gone"))
+                site.sinks, site.returns, site.is_hook = (), (), False
                 continue
             self._group.soil(memory)
             if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):

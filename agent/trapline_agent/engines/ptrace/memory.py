@@ -16,13 +16,36 @@ from dataclasses import dataclass, field
 from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
-from trapline_agent.engines.base import Sink, SiteRequest
+from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest
+from trapline_agent.engines.frames import Frames
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
 
 _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
+
+
+SWEEP_FROM = 4096
+"""Calls in flight from which on it is looked for abandoned ones."""
+_MAX_REFUSED = 4096
+
+
+@dataclass(eq=False)
+class Calls:
+    """What return probes know of one address space: see ``engines.ptrace.returns``."""
+
+    frames: Frames = field(default_factory=Frames)
+    refused: dict[int, str] = field(default_factory=dict)
+    """Addresses that calls return to and that cannot be armed, with the reason."""
+    sweep_at: int = SWEEP_FROM
+
+    def refuse(self, addr: int, reason: str) -> str:
+        """Remembers a reason, and returns it."""
+        if len(self.refused) >= _MAX_REFUSED:
+            self.refused.clear()
+        self.refused[addr] = reason
+        return reason
 
 
 @dataclass(eq=False)
@@ -38,6 +61,9 @@ class Site:
     """Address of its displaced copy; 0 without one."""
     next_ip: Callable[[Registers], int] | None = None
     """For emulated instructions."""
+    returns: tuple[ReturnSink, ...] = ()
+    awaiting: set[int] = field(default_factory=set)
+    """Addresses of the entries whose calls return here; without any it is no return point."""
     original: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +89,7 @@ class AddressSpace:
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.calls = Calls()
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -107,7 +134,7 @@ class AddressSpace:
                 reason="TextDiffers",
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
-        site = Site(addr, plan, step, request.sinks, request.is_hook)
+        site = Site(addr, plan, step, request.sinks, request.is_hook, returns=request.returns)
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
             site.slot = self._place(site, request.slack_addr)
@@ -140,7 +167,8 @@ class AddressSpace:
         if self.has(site.addr, BREAKPOINT if mapped else site.armed):
             # It may be unmapped meanwhile, or the address space gone with its last process.
             if not self.put(site.addr, site.original) and self.has(site.addr, site.armed):
-                site.sinks = ()
+                site.sinks = site.returns = ()
+                site.awaiting.clear()
                 return False
             self.written.append((site.addr, site.original, site))
         elif site.slot and not self._keeps_slot(site.slot):
@@ -212,6 +240,7 @@ class AddressSpace:
         for site in (*parent.former.values(), *parent.sites.values()):
             if self.has_breakpoint(site.addr):
                 copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
+                copy.awaiting = set(site.awaiting)
                 self.sites[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
