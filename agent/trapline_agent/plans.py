@@ -33,6 +33,8 @@ class SitePlan(msgspec.Struct, frozen=True):
     slack_len: int = 0
     go: bool = False
     """It is in a Go function, behind its stack check: the goroutine's pointer is in r14 there (Go's ABIInternal)."""
+    unwinds: bool = False
+    """It is the first instruction of the C library's longjmp: calls in flight are left there."""
 
 
 LATENCY = "latency"

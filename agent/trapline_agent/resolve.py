@@ -11,6 +11,8 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
@@ -43,6 +45,9 @@ _BACK_BYTES = 4096
 _SEARCH_S = 6.0
 """Seconds after which a look into all files ends with what it has; what was read is remembered for the next."""
 _LOADER_HOOK = "_dl_debug_state"
+_LOADER_NAMES = ("ld-linux", "ld-musl", "ld-2.")
+_C_LIBRARY_NAMES = ("libc.so", "libc-2.", "libc.musl", "ld-musl")
+_UNWINDERS = ("longjmp", "_longjmp", "siglongjmp", "__longjmp_chk")
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-musl-x86_64.so.1")
 
 
@@ -360,24 +365,27 @@ class Resolver:
         return sorted(modules, key=lambda m: (-m.processes, m.path))
 
     def loaders(self) -> list[SitePlan]:
-        """Returns where the dynamic loaders of this host report that they have mapped files."""
+        """Returns where the dynamic loaders of this host report that they have mapped files, and where the C libraries'
+        longjmp begins (``SitePlan.unwinds``)."""
         mapped = scan()
-        files = {f.key: f for f in mapped.values() if f.name.startswith(("ld-linux", "ld-musl", "ld-2."))}
+        files = {f.key: f for f in mapped.values() if f.name.startswith(_LOADER_NAMES)}
         for path in _LOADERS:
             try:
                 files |= {f.key: f for f in self._finder.find(path, mapped)}
             except TraplineError:
                 continue  # not on this host
-        plan = Plan()
-        for file in files.values():
-            try:
-                with file.open() as fd:
-                    index = self._finder.index(file, fd)
-                    for symbol in index.find(_LOADER_HOOK):
-                        self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
-            except TraplineError:
-                continue  # later mappings are found by the other hooks
-        return plan.plans
+        libraries = [f for f in mapped.values() if f.name.startswith(_C_LIBRARY_NAMES)]
+        loaders, unwinders = Plan(), Plan()
+        for plan, symbols, some in ((loaders, (_LOADER_HOOK,), files.values()), (unwinders, _UNWINDERS, libraries)):
+            for file in some:
+                try:
+                    with file.open() as fd:
+                        index = self._finder.index(file, fd)
+                        for symbol in {s.offset: s for name in symbols for s in index.find(name)}.values():
+                            self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
+                except TraplineError:
+                    continue  # later mappings are found by the other hooks
+        return loaders.plans + [msgspec.structs.replace(p, unwinds=True) for p in unwinders.plans]
 
 
 # --- places in one file -----------------------------------------------------------------------------------------------

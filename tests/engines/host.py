@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
@@ -28,6 +29,7 @@ from trapline_agent.tracer.messages import Register, TargetState
 from trapline_agent.tracer.table import Consumer, Table
 
 _LOADER = Path("/lib64/ld-linux-x86-64.so.2")
+_LIBC = Path("/lib/x86_64-linux-gnu/libc.so.6")
 
 
 class Files:
@@ -68,7 +70,9 @@ class Host:
         self.looks = Looks(self.engine)
         self.files = Files() if world is None else SimulatedFiles(world)
         if world is None:
-            self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
+            longjmps = [self.files.plan(_LIBC.resolve(), name) for name in ("longjmp", "__longjmp_chk")]
+            loader = self.files.plan(_LOADER.resolve(), "_dl_debug_state")
+            self.table.set_loaders([loader, *(structs.replace(p, unwinds=True) for p in longjmps)])
         self._consumers: dict[str, Consumer] = {}
 
     def register(

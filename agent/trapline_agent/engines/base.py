@@ -92,6 +92,8 @@ class SiteRequest:
     """Who wants the calls of the function that begins here, when they return."""
     is_hook: bool = False
     """The engine's own look-out (the loader's ``_dl_debug_state``): each hit there reconciles the process."""
+    unwinds: bool = False
+    """The engine's look-out for calls that are left: the C library's longjmp."""
     slack_addr: int = 0
     """Where the plan's slack is mapped executable in this process; 0 where it is not."""
     refusal: tuple[str, str] | None = None

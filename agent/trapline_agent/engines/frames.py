@@ -101,6 +101,16 @@ class Frames:
         chain.reverse()
         return chain, ()
 
+    def between(self, low: int, high: int) -> Sequence[Key]:
+        """Returns the keys of native stacks in a range, both ends included."""
+        return [key for key in self._by_key if isinstance(key, int) and low <= key <= high]
+
+    def drop_keys(self, keys: Iterable[Key]) -> list[Frame]:
+        """Takes out the calls of some keys, and returns them."""
+        gone = [frame for key in keys for frame in self._by_key.pop(key, ())]
+        self._count -= len(gone)
+        return gone
+
     def drop(self, which: Callable[[Frame], bool]) -> list[Frame]:
         """Takes out the calls that a function chooses, and returns them."""
         return self._filter(lambda key, frame: not which(frame))

@@ -257,6 +257,8 @@ class Tracer:
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
+                    if self._table.consumers:
+                        self._look_once("loaders", self._everyone)
                 case m.Launch():
                     done.pid = self._launch(message)
                 case m.Release(pid=pid):

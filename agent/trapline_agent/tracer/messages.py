@@ -205,7 +205,8 @@ class Spare(Message, tag="spare"):
 
 class Loaders(Message, tag="loaders"):
     """Agent to tracer: where the dynamic loaders of this host call ``_dl_debug_state`` (``site`` has no meaning there). In
-    a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3)."""
+    a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3). And where
+    longjmp begins (``unwinds``), which is armed where calls are awaited to return."""
 
     plans: list[SitePlan]
 

@@ -112,6 +112,7 @@ class _Snapshot:
     consumers: tuple[Consumer, ...] = ()
     by_file: Mapping[FileKey, tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
     loaders: Mapping[FileKey, SitePlan] = field(default_factory=dict)
+    unwinders: Mapping[FileKey, Mapping[int, SitePlan]] = field(default_factory=dict)
 
 
 class Table:
@@ -127,6 +128,7 @@ class Table:
         self._now = _Snapshot()
         self._consumers: dict[str, Consumer] = {}
         self._loaders: dict[FileKey, SitePlan] = {}
+        self._unwinders: dict[FileKey, dict[int, SitePlan]] = {}
         self._ancestors: dict[ProcessId, tuple[int, ...]] = {}
         """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
         self._places = Places()
@@ -191,9 +193,12 @@ class Table:
         return consumer
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
-        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
+        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``), and where longjmp begins."""
         for plan in plans:
-            self._loaders[plan.file] = plan
+            if plan.unwinds:
+                self._unwinders[plan.file] = {**self._unwinders.get(plan.file, {}), plan.offset: plan}
+            else:
+                self._loaders[plan.file] = plan
         self._renew()
 
     def _renew(self) -> None:
@@ -204,7 +209,10 @@ class Table:
         if not any(c.register.returns for c in self._consumers.values()):
             self._places.clear()
         self._now = _Snapshot(
-            tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
+            tuple(self._consumers.values()),
+            {f: tuple(s) for f, s in by_file.items()},
+            dict(self._loaders),
+            dict(self._unwinders),
         )
 
     # --- whoever looks at processes ----------------------------------------------------------------------------------
@@ -316,6 +324,12 @@ class Table:
                     continue
                 if addr not in sites:
                     sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
+        if any(r.returns for r in sites.values()):
+            for mapping in mappings:
+                for unwinder in now.unwinders.get(mapping.file, {}).values():
+                    if (addr := mapping.addr(unwinder.offset)) is not None:
+                        known = sites.get(addr) or _request(addr, unwinder, mapping, mappings)
+                        sites[addr] = replace(known, unwinds=True)
         return Wanted(list(sites.values()), keep, still_mapped)
 
     def place(self, process: ProcessId, addr: int) -> SiteRequest:
@@ -396,6 +410,8 @@ class Table:
     def is_wanted(self, plan: SitePlan) -> bool:
         now = self._now
         if now.consumers and plan.file in now.loaders and now.loaders[plan.file].offset == plan.offset:
+            return True
+        if plan.offset in now.unwinders.get(plan.file, {}) and any(c.register.returns for c in now.consumers):
             return True
         return any(other.offset == plan.offset for other, _ in now.by_file.get(plan.file, ()))
 

@@ -338,6 +338,8 @@ class TraceThread(threading.Thread):
                 pid, fd = thread.process.id.pid, memory.fd
                 for sink in site.sinks:
                     sink(ts, pid, tid, words, fd)
+                if site.unwinds:
+                    self._returns.unwound(thread, words)
                 if site.returns:
                     call = self._returns.entered(ts, thread, site, words)
             if thread.blocked:
@@ -663,7 +665,7 @@ class TraceThread(threading.Thread):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
                 joined = (site.sinks, site.returns) != (request.sinks, request.returns)
                 site.sinks, site.returns = request.sinks, request.returns
-                site.is_hook = request.is_hook
+                site.is_hook, site.unwinds = request.is_hook, request.unwinds
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
@@ -675,7 +677,7 @@ class TraceThread(threading.Thread):
             ):
                 if site.sinks or site.returns:
                     reports.append(SiteReport(site.addr, site.plan, "gone"))
-                site.sinks, site.returns, site.is_hook = (), (), False
+                site.sinks, site.returns, site.is_hook, site.unwinds = (), (), False, False
                 continue
             self._group.soil(memory)
             if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):

@@ -62,6 +62,7 @@ class Site:
     next_ip: Callable[[Registers], int] | None = None
     """For emulated instructions."""
     returns: tuple[ReturnSink, ...] = ()
+    unwinds: bool = False
     awaiting: set[int] = field(default_factory=set)
     """Addresses of the entries whose calls return here; without any it is no return point."""
     original: bytes = field(init=False)
@@ -135,6 +136,7 @@ class AddressSpace:
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
         site = Site(addr, plan, step, request.sinks, request.is_hook, returns=request.returns)
+        site.unwinds = request.unwinds
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
             site.slot = self._place(site, request.slack_addr)

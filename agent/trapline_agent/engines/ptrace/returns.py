@@ -16,12 +16,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from trapline.errors import TraplineError
-from trapline_agent.arch.x86_64.registers import R14, RSP
+from trapline_agent.arch.x86_64.registers import FS_BASE, R14, RDI, RSP
 from trapline_agent.engines import frames
 from trapline_agent.engines.base import Observer, ReturnSink
 from trapline_agent.engines.frames import MAX_FRAMES, Frame, Key
 from trapline_agent.engines.ptrace.memory import SWEEP_FROM, AddressSpace, Site
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.targets import maps
 
 _NO_STACK = "no-stack"
 _WORD = 8
@@ -79,6 +80,22 @@ class Returns:
             frames.lose(done, frames.ABANDONED)
             return
         frames.leave(done, ts, thread.process.id.pid, thread.tid, words, memory.fd)
+
+    def unwound(self, thread: Thread, words: Sequence[int]) -> None:
+        """A thread stands at the first instruction of longjmp: the calls between here and where it jumps to are left. Where
+        that is on another stack nothing can be said of them."""
+        memory = thread.process.memory
+        table, sp = memory.calls.frames, words[RSP]
+        if not len(table):
+            return
+        with contextlib.suppress(OSError):
+            for to in _jump_targets(words, memory.fd):
+                if to <= sp or not (left := table.between(sp, to)):
+                    continue
+                low, high = maps.span_at(thread.process.id.pid, sp)
+                if low <= to <= high:
+                    frames.lose(table.drop_keys(left), frames.ABANDONED)
+                    return
 
     # --- return points -----------------------------------------------------------------------------------------------
 
@@ -148,6 +165,15 @@ class Returns:
             return
         pid, alone = process.id.pid, memory.users <= 1
         frames.lose(memory.calls.frames.drop(lambda frame: alone or frame.pid == pid), reason)
+
+
+def _jump_targets(words: Sequence[int], fd: int) -> tuple[int, int]:
+    """Returns what the stack pointer may be after a longjmp with these registers: glibc's, which is rotated and mixed with a
+    word of the thread's (sysdeps/unix/sysv/linux/x86_64/pointer_guard.h), and musl's, which is plain. Both have it, as it
+    was after setjmp's return, in word 6. Raises OSError."""
+    word = int.from_bytes(_read(fd, words[RDI] + 6 * _WORD, _WORD), "little")
+    guard = int.from_bytes(_read(fd, words[FS_BASE] + 0x30, _WORD), "little")
+    return (word >> 17 | word << 47 & 2**64 - 1) ^ guard, word
 
 
 def _sweep(memory: AddressSpace) -> str:
