@@ -64,6 +64,7 @@ class HitRing:
         self._evaluate = Evaluator(() if returns else fetches)
         self._evaluate_return = ReturnEvaluator(fetches if returns else ())
         self._max = max_hits
+        self._returns = returns
         self._on_data = on_data
         self._on_limit = on_limit
         self._lock = threading.Lock()
@@ -83,8 +84,10 @@ class HitRing:
 
     @property
     def in_flight(self) -> int:
-        """Calls that have not returned yet."""
+        """Calls of a return probe that have not returned yet."""
         with self._lock:
+            if not self._returns:
+                return 0
             return self.calls - self.hits - self.limited - sum(self.unreturned.values())
 
     def return_sink(self, site: int) -> ReturnRecorder:
