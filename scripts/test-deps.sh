@@ -12,6 +12,7 @@ want g++ g++
 want go golang-go
 want readelf binutils
 want gdb gdb
+want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2
 command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || missing="$missing chromium"

@@ -25,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -37,6 +37,7 @@ from websockets.typing import Subprotocol
 
 from trapline.errors import AuthError, NotFound, ProtocolError, TraplineError, Unavailable
 from trapline.model import (
+    CoverageLog,
     Hit,
     Host,
     Model,
@@ -207,14 +208,14 @@ def _delete(probe: str, wait: bool, timeout: float) -> Exchange[Probe]:
 
 
 def _body(
-    text: str, name: str, ttl_s: int | None, labels: Mapping[str, str], max_hits: int | None, offline: bool
+    text: str, name: str, ttl_s: int | None, labels: Mapping[str, str], limits: ProbeLimits, offline: bool
 ) -> ProbeCreate:
     return ProbeCreate(
         probe=text,
         name=name,
         ttl_s=ttl_s,
         labels=dict(labels),
-        limits=ProbeLimits(max_hits=max_hits),
+        limits=limits,
         allow_offline=offline,
     )
 
@@ -407,10 +408,12 @@ class Client(_Base):
         ttl_s: int | None = 3600,
         labels: Mapping[str, str] | None = None,
         max_hits: int | None = None,
+        overhead: float | Literal["off"] | None = None,
         allow_offline: bool = False,
     ) -> Probe:
         """Creates a probe. It is armed moments later: see ``wait``."""
-        return self._run(_create("/probes", _body(probe, name, ttl_s, labels or {}, max_hits, allow_offline), Probe))
+        limits = ProbeLimits(max_hits=max_hits, overhead=overhead)
+        return self._run(_create("/probes", _body(probe, name, ttl_s, labels or {}, limits, allow_offline), Probe))
 
     def probes(self) -> list[Probe]:
         return self._run(_all(Probe, "/probes"))
@@ -438,6 +441,10 @@ class Client(_Base):
     def targets(self, probe: str) -> list[Target]:
         """Returns where a probe is armed, and where not and why."""
         return self._run(_all(Target, f"/probes/{_segment(probe)}/targets"))
+
+    def coverage(self, probe: str) -> list[CoverageLog]:
+        """Returns when a probe was armed in which process, and where calls may have been missed; one log a host."""
+        return self._run(_all(CoverageLog, f"/probes/{_segment(probe)}/coverage"))
 
     def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         """Returns the latest recorded hits, newest last."""
@@ -533,10 +540,12 @@ class AsyncClient(_Base):
         ttl_s: int | None = 3600,
         labels: Mapping[str, str] | None = None,
         max_hits: int | None = None,
+        overhead: float | Literal["off"] | None = None,
         allow_offline: bool = False,
     ) -> Probe:
+        limits = ProbeLimits(max_hits=max_hits, overhead=overhead)
         return await self._run(
-            _create("/probes", _body(probe, name, ttl_s, labels or {}, max_hits, allow_offline), Probe)
+            _create("/probes", _body(probe, name, ttl_s, labels or {}, limits, allow_offline), Probe)
         )
 
     async def probes(self) -> list[Probe]:
@@ -559,6 +568,10 @@ class AsyncClient(_Base):
 
     async def targets(self, probe: str) -> list[Target]:
         return await self._run(_all(Target, f"/probes/{_segment(probe)}/targets"))
+
+    async def coverage(self, probe: str) -> list[CoverageLog]:
+        """See ``Client.coverage``."""
+        return await self._run(_all(CoverageLog, f"/probes/{_segment(probe)}/coverage"))
 
     async def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         return await self._run(_latest_hits(probe, host, limit))

@@ -92,6 +92,10 @@ class ProbeSpec(Model):
 class ProbeLimits(Model):
     max_hits: Annotated[int, Field(ge=1)] | None = None
     """After so many hits the probe is completed and taken out."""
+    overhead: Annotated[float, Field(gt=0, le=16)] | Literal["off"] | None = None
+    """Share of one CPU's time that it may add to the time of the programs on a host: 0.05 is 5 %. Beyond it the probe is
+    throttled, then taken out for a while. None: what the host's agent has set, 0.1 by default; ``off``: no such budget.
+    The agent's budgets for a process and for the host hold in any case."""
 
 
 class DesiredProbe(Model):
@@ -120,6 +124,10 @@ class Phase(StrEnum):
 
 class TargetState(StrEnum):
     ARMED = "armed"
+    THROTTLED = "throttled"
+    """It cost more than its budget, and is armed for a part of the time: ``covered``."""
+    TRIPPED = "tripped"
+    """It cost more than its budget for long, is out, and will be tried again after a while."""
     REFUSED = "refused"
     """It cannot be done correctly there; ``reason`` and ``message`` say why."""
     GONE = "gone"
@@ -152,17 +160,58 @@ class Target(Model):
     state: TargetState
     engine: str = ""
     cause: Cause = Cause.SCAN
+    hook: str = ""
+    """Who told of the mapping; the host's facts list the hooks."""
     since: datetime | None = None
     may_have_missed: bool = False
     """True where calls may have run between the mapping and the arming."""
     reason: str = ""
     message: str = ""
+    covered: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the time since ``since`` in which it was armed; below 1 where it is throttled or tripped."""
+    uncovered_ms: int = 0
+    """Milliseconds in which it was not armed, since it was over its budget: what happened then nobody counted."""
+
+
+class CoverageEntry(Model):
+    """A stretch of time in which a target was armed; or a moment (``addr`` 0) at which it should have been and was not."""
+
+    host: str = ""
+    pid: int
+    start_time: int = 0
+    """Clock ticks after boot, proc_pid_stat(5) field 22."""
+    comm: str = ""
+    module: str = ""
+    symbol: str = ""
+    addr: int = 0
+    cause: Cause = Cause.SCAN
+    hook: str = ""
+    """Who told of the mapping; the host's facts list the hooks."""
+    armed_at: datetime
+    disarmed_at: datetime | None = None
+    """None: it is armed still."""
+    may_have_missed: bool = False
+    """True: calls may have run before ``armed_at``, for the reason in ``message``."""
+    message: str = ""
+
+
+class CoverageLog(Model):
+    """A probe's coverage on one host, oldest first: what its counts can be relied on for."""
+
+    host: str
+    entries: list[CoverageEntry] = Field(default_factory=list)
+    forgotten: int = 0
+    """Entries that are no longer kept; they were older."""
+    error: dict[str, Any] | None = None
+    """An error's wire form where the host could not be asked."""
 
 
 class Counters(Model):
     hits: int = 0
     filtered: int = 0
     limited: int = 0
+    uncovered_ms: int = 0
+    """Milliseconds in which targets were throttled or tripped and not armed, summed over them."""
     dropped: int = 0
     """hits = delivered + dropped, always (semantics H1)."""
     calls: int = 0

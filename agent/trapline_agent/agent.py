@@ -98,6 +98,7 @@ class Agent:
             log_file=settings.tracer_log,
             lease_s=settings.lease_s,
             self_pids=self._self_pids,
+            budgets=settings.budgets,
         )
         self._processes: dict[str, Process] = {}
         self._told: dict[str, Process] | None = None
@@ -297,6 +298,8 @@ class Agent:
                 module, query = str(params.get("module", "")), str(params.get("q", ""))
                 page = await asyncio.to_thread(self._resolver.search_symbols, module, query, limit)
                 return page.model_dump(mode="json")
+            if request.method == "coverage":
+                return self._reconciler.coverage(str(params["probe"])).model_dump(mode="json")
             modules: list[Module] = await asyncio.to_thread(self._resolver.modules, int(params.get("pid", 0)))
             return {"modules": [module.model_dump(mode="json") for module in modules]}
         except (KeyError, TypeError, ValueError, ValidationError) as e:

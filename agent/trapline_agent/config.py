@@ -18,6 +18,7 @@ from trapline.errors import Conflict
 from trapline.ids import new_id
 from trapline.state import DEFAULT_PORT, state_dir
 from trapline_agent.outbox import DEFAULT_CAPACITY_BYTES
+from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets
 
 _INSTANCE_FILE = "instance-id"
 _INSTANCE = re.compile(r"hst_[0-9a-f]{32}\Z")
@@ -47,6 +48,15 @@ class AgentSettings(BaseSettings):
     """Seconds after which the tracer takes every breakpoint out when it does not hear of the agent."""
     outbox_bytes: int = Field(default=DEFAULT_CAPACITY_BYTES, ge=64 * 1024)
     """Bound of the hits kept while the service is away or slow; beyond it the oldest are dropped and counted."""
+    overhead_probe: float = Field(default=DEFAULT_BUDGETS.probe, ge=0)
+    """Share of one CPU's time that each probe may add to the time of programs; beyond it the probe is throttled, then
+    taken out for a while. 0: no such budget. A probe's own limit `overhead` takes its place."""
+    overhead_process: float = Field(default=DEFAULT_BUDGETS.process, ge=0)
+    """The same for all probes in one process."""
+    overhead_host: float = Field(default=DEFAULT_BUDGETS.host, ge=0)
+    """The same for all probes together, with the tracer's own work for them."""
+    overhead_burst_s: float = Field(default=DEFAULT_BUDGETS.burst_s, ge=0.1)
+    """Seconds of a CPU's time that may be added beyond these shares for a while: a burst that fits costs no hit."""
     process_interval_s: float = Field(default=2.0, gt=0)
     """Seconds between two looks at the host's processes."""
     resolve_interval_s: float = Field(default=5.0, gt=0)
@@ -62,6 +72,16 @@ class AgentSettings(BaseSettings):
         if not re.match(r"https?://[^/]", value):
             raise ValueError("must be http://HOST:PORT or https://HOST:PORT")
         return value.rstrip("/")
+
+    @property
+    def budgets(self) -> Budgets:
+        """What probes may add to the time of programs."""
+        return Budgets(
+            probe=self.overhead_probe,
+            process=self.overhead_process,
+            host=self.overhead_host,
+            burst_s=self.overhead_burst_s,
+        )
 
     @property
     def link_url(self) -> str:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from trapline.errors import Conflict, ProtocolError, TraplineError, Unavailable
 from trapline_agent.tracer.client import Event, TracerClient, spawn_tracer
+from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class TracerKeeper:
         log_file: Path | None = None,
         lease_s: float = 30.0,
         self_pids: list[int] | None = None,
+        budgets: Budgets = DEFAULT_BUDGETS,
     ) -> None:
         """
         Args:
@@ -71,12 +73,14 @@ class TracerKeeper:
             log_file: its log; None is our standard error.
             lease_s: seconds after which the tracer takes everything out when it does not hear of us.
             self_pids: processes that are never to be probed; ``spare`` adds to this very list.
+            budgets: what probes may add to the time of programs.
         """
         self._host_id = host_id
         self._join = socket
         self._args = args
         self._log_file = log_file
         self._lease_s = lease_s
+        self._budgets = budgets
         self._self_pids = [] if self_pids is None else self_pids
         self._state = directory
         self._directory: Path | None = None
@@ -139,7 +143,12 @@ class TracerKeeper:
 
     async def _connect(self, socket: Path, process: subprocess.Popen[bytes] | None) -> TracerClient:
         return await TracerClient.connect(
-            socket, host=self._host_id, lease_s=self._lease_s, self_pids=self._self_pids, process=process
+            socket,
+            host=self._host_id,
+            lease_s=self._lease_s,
+            self_pids=self._self_pids,
+            budgets=self._budgets,
+            process=process,
         )
 
     async def keep(self, listener: Listener, on_hits: Callable[[bytes], None]) -> None:

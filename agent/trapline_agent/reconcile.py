@@ -21,7 +21,19 @@ from typing import Protocol
 import msgspec
 
 from trapline.errors import TraplineError, Unavailable
-from trapline.model import Cause, Counters, DesiredProbe, Point, PointKind, ProbeKind, ProbeSpec, Target, TargetState
+from trapline.model import (
+    Cause,
+    Counters,
+    CoverageEntry,
+    CoverageLog,
+    DesiredProbe,
+    Point,
+    PointKind,
+    ProbeKind,
+    ProbeSpec,
+    Target,
+    TargetState,
+)
 from trapline.protocol.messages import Observed
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan
@@ -32,9 +44,15 @@ log = logging.getLogger(__name__)
 
 _KEEP_GONE = 32
 """Targets that are gone and still shown; older ones are forgotten, or a busy host's probe would grow for ever."""
+_KEEP_COVERAGE = 1000
+"""Entries of a probe's coverage log."""
 _ERROR_PAUSE_S = 1.0
 _UNKNOWN = ProbeSpec(text="", object="/", point=Point(kind=PointKind.OFFSET))
 """Stands for the text of a probe that is only known to be removed."""
+
+
+def _moment(ns: int) -> datetime:
+    return datetime.fromtimestamp(ns / 1e9, UTC)
 
 
 class PlanSource(Protocol):
@@ -81,6 +99,12 @@ class ProbeRun:
     tracer: TracerClient | None = None
     """The tracer that holds it; None: it has to be registered (again)."""
     targets: dict[tuple[int, int, int, int], Target] = field(default_factory=dict)
+    coverage: dict[int, CoverageEntry] = field(default_factory=dict)
+    """The coverage log, by our own numbers, oldest first."""
+    forgotten: int = 0
+    """Entries of it that are no longer kept."""
+    coverage_base: int = 0
+    """Our number of the present tracer's first entry."""
     stats: t.Stats | None = None
     """The present tracer's counters; they begin at zero with each tracer, as its sequences do."""
     past_hits: int = 0
@@ -112,6 +136,7 @@ class ProbeRun:
             hits=now.hits,
             filtered=now.filtered,
             limited=now.limited,
+            uncovered_ms=now.uncovered_ms,
             dropped=sum(now.drops.values()),
             calls=now.calls,
             unreturned=sum(now.unreturned.values()),
@@ -122,7 +147,38 @@ class ProbeRun:
         self.past_hits += self.stats.hits if self.stats else 0
         self.stats = None
         self.targets.clear()
+        self.close_coverage()
         self.tracer = None
+
+    def update_coverage(self, entries: Iterable[t.CoverageEntry], host: str) -> None:
+        """Takes what is new in the tracer's log, or has ended."""
+        for e in entries:
+            label = self.registered.labels[e.site] if e.site < len(self.registered.labels) else ""
+            self.coverage[self.coverage_base + e.number] = CoverageEntry(
+                host=host,
+                pid=e.pid,
+                start_time=e.start_time,
+                comm=e.comm,
+                module=e.path,
+                symbol=label.partition(":")[2] or label,
+                addr=e.addr,
+                cause=Cause(e.cause),
+                hook=e.hook,
+                armed_at=_moment(e.begun_ns),
+                disarmed_at=_moment(e.ended_ns) if e.ended_ns else None,
+                may_have_missed=e.may_have_missed,
+                message=e.message,
+            )
+        while len(self.coverage) > _KEEP_COVERAGE:
+            del self.coverage[next(iter(self.coverage))]
+            self.forgotten += 1
+
+    def close_coverage(self) -> None:
+        """Nothing is armed any more, and another tracer's log begins at 0 again."""
+        now = datetime.now(UTC)
+        for entry in self.coverage.values():
+            entry.disarmed_at = entry.disarmed_at or now
+        self.coverage_base = max(self.coverage, default=-1) + 1
 
     def update_targets(self, states: Iterable[t.TargetState], host: str) -> None:
         for s in states:
@@ -140,10 +196,13 @@ class ProbeRun:
                 state=TargetState(s.state),
                 engine="ptrace",
                 cause=Cause(s.cause),
-                since=datetime.fromtimestamp(s.since_ns / 1e9, UTC) if s.since_ns else None,
+                hook=s.hook,
+                since=_moment(s.since_ns) if s.since_ns else None,
                 may_have_missed=s.may_have_missed,
                 reason=s.reason,
                 message=s.message,
+                covered=s.covered,
+                uncovered_ms=s.uncovered_ms,
             )
         gone = [key for key, target in self.targets.items() if target.state is TargetState.GONE]
         for key in gone[:-_KEEP_GONE]:
@@ -259,7 +318,7 @@ class Reconciler:
             run.wake.set()
             self._changed(run.desired.id)
 
-    def handle(self, event: t.Targets | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited) -> None:
+    def handle(self, event: t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited) -> None:
         """Takes what the tracer reported unasked."""
         if isinstance(event, t.Mapped):
             name = os.path.basename(event.path)
@@ -272,6 +331,9 @@ class Reconciler:
             for run in self.probes.values():
                 run.tracer_lost()
                 run.wake.set()
+        elif isinstance(event, t.Covered):
+            if (covered := self.probes.get(event.probe)) is not None:
+                covered.update_coverage(event.entries, self._host_id)
         elif isinstance(event, t.Targets | t.Stats | t.Completed) and (known := self.probes.get(event.probe)):
             if isinstance(event, t.Targets):
                 known.update_targets(event.targets, self._host_id)
@@ -307,6 +369,13 @@ class Reconciler:
             overhead_ns=(run.stats.overhead_ns or None) if run.stats else None,
             error=run.error.to_wire() if run.error else None,
         )
+
+    def coverage(self, probe: str) -> CoverageLog:
+        """Returns a probe's coverage log; empty where it is not known here."""
+        run = self.probes.get(probe)
+        if run is None:
+            return CoverageLog(host=self._host_id)
+        return CoverageLog(host=self._host_id, entries=list(run.coverage.values()), forgotten=run.forgotten)
 
     def forget(self, probe: str) -> None:
         """Forgets a probe whose removal was reported."""
@@ -373,6 +442,7 @@ class Reconciler:
                 fetches=run.registered.fetches,
                 where=run.registered.where,
                 max_hits=max_hits,
+                overhead=0.0 if desired.limits.overhead == "off" else desired.limits.overhead,
                 returns=desired.spec.kind is ProbeKind.RETURN,
             )
         except TraplineError as e:

@@ -34,7 +34,16 @@ from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
-from trapline_agent.targets.process import ProcessFacts, facts, ineligible, ppids, require_process, text
+from trapline_agent.targets.process import (
+    ProcessFacts,
+    facts,
+    ineligible,
+    is_32_bit,
+    ppids,
+    require_process,
+    text,
+    thirty_two_bit,
+)
 from trapline_agent.targets.selector import Selector, with_numbers
 
 MAX_SITES = 1000
@@ -232,6 +241,13 @@ class Resolver:
             _require_boundary(fd, index, place, module)
             code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
             step = plan_step(code, place.offset - segment.offset + segment.vaddr)
+            if index.is_relocated(place.offset, step.length):
+                raise Unsupported(
+                    f"the loader writes an address into `{step.text}` at {module}:{place.label} (text relocation), "
+                    "so that it runs with other bytes than the file's",
+                    reason="TextRelocation",
+                    hint="probe another instruction of the function, or a build with -fPIC",
+                )
         except TraplineError as e:
             site.refused = e.to_wire()
             return
@@ -290,8 +306,8 @@ class Resolver:
 
     def _refusal(self, process: ProcessFacts) -> tuple[str, str] | None:
         refused = ineligible(process, self._self_pids, self.tracer_pid)
-        if refused is None and _is_32_bit(process.pid):
-            refused = "ThirtyTwoBit", f"process {process.pid} runs 32-bit code, which this release does not probe"
+        if refused is None and is_32_bit(process.pid):
+            return thirty_two_bit(process.pid)
         return refused
 
     # --- questions
@@ -548,11 +564,3 @@ def _symbol(symbol: SymbolAt, file: FoundFile, index: SymbolIndex) -> Symbol:
         size=symbol.size,
         bind=symbol.bind,
     )
-
-
-def _is_32_bit(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/exe", "rb") as file:
-            return file.read(5) == b"\x7fELF\x01"
-    except OSError:
-        return False

@@ -36,6 +36,7 @@ from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.targets.maps import Mapping, executable_mappings
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.client import TracerClient, spawn_tracer
+from trapline_agent.tracer.messages import Budgets
 
 ROOT = Path(__file__).resolve().parents[2]
 SYMBOL = "target_hot"
@@ -231,7 +232,9 @@ async def run(rounds: int, cpu: int, calls: int, peers: bool, console: Console) 
             site = find_site(target.pid, target_path)
             process = spawn_tracer(socket, log=Path(directory) / "tracer.log")
             try:
-                client = await TracerClient.connect(socket, host="hst_bench", process=process)
+                client = await TracerClient.connect(
+                    socket, host="hst_bench", process=process, budgets=Budgets(probe=0, process=0, host=0)
+                )
                 trapline = Trapline(client, site)
                 registers = [
                     FetchPlan(name=f"arg{i}", register=r)

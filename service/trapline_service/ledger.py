@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 _OTHER = "other"
 _UNNAMED = "unnamed"
+_COUNTED = ("hits", "filtered", "limited", "uncovered_ms")
 _DROP = "drop:"
 _AGENT_OWN = _DROP + "agent-outbox"
 """Counted by the agent, not by its tracer: it goes on when a new tracer counts from zero."""
@@ -61,7 +62,7 @@ class Tally(Model):
         They never go back within one tracer; an agent that has just started reports zero until its tracer has told it
         more, so a smaller number means nothing.
         """
-        now = {"hits": counters.hits, "filtered": counters.filtered, "limited": counters.limited}
+        now = {name: getattr(counters, name) for name in _COUNTED}
         now |= {_DROP + stage: count for stage, count in dropped_by_reason.items()}
         now[_UNNAMED] = max(0, counters.dropped - sum(dropped_by_reason.values()))
         for key, count in now.items():
@@ -104,6 +105,7 @@ class Tally(Model):
             hits=max(self._reported("hits"), self.delivered + dropped),
             filtered=self._reported("filtered"),
             limited=self._reported("limited"),
+            uncovered_ms=self._reported("uncovered_ms"),
             dropped=dropped,
         )
 
@@ -219,6 +221,7 @@ def totals(tallies: Iterable[Tally]) -> tuple[Counters, dict[str, int]]:
         total.hits += counters.hits
         total.filtered += counters.filtered
         total.limited += counters.limited
+        total.uncovered_ms += counters.uncovered_ms
         total.dropped += counters.dropped
         for stage, count in tally.dropped().items():
             reasons[stage] = reasons.get(stage, 0) + count

@@ -20,6 +20,7 @@ from trapline.errors import (
     Conflict,
     NotFound,
     PermissionDenied,
+    ProtocolError,
     SpecError,
     TraplineError,
     Unavailable,
@@ -27,6 +28,7 @@ from trapline.errors import (
 )
 from trapline.ids import new_id
 from trapline.model import (
+    CoverageLog,
     DesiredProbe,
     HostResolution,
     Phase,
@@ -153,6 +155,27 @@ class Probes:
         """Returns a probe's targets on all hosts, as last reported. Raises NotFound."""
         entry = self._entry(probe)
         return [target for _, report in sorted(entry.observed.items()) for target in report.targets]
+
+    async def coverage(self, probe: str) -> list[CoverageLog]:
+        """Asks the hosts that reported on a probe for its coverage log. Raises NotFound."""
+        entry = self._entry(probe)
+        hosts = sorted(entry.observed)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._coverage_on(host, entry.probe.id)) for host in hosts]
+        return [task.result() for task in tasks]
+
+    async def _coverage_on(self, host: str, probe: str) -> CoverageLog:
+        try:
+            return CoverageLog.model_validate(
+                await self._fleet.ask(host, "coverage", {"probe": probe}) | {"host": host}
+            )
+        except TraplineError as e:
+            return CoverageLog(host=host, error=e.to_wire())
+        except ValidationError:
+            error = ProtocolError(
+                "the host gave an answer that cannot be read", hint="is its agent of the same release?"
+            )
+            return CoverageLog(host=host, error=error.to_wire())
 
     def _entry(self, probe: str) -> _Entry:
         if probe in self._entries:

@@ -11,6 +11,7 @@ from trapline.protocol.messages import Observed
 from trapline_service.peer import peer_error
 
 _MAX_CONDITIONS = 32
+_OVER_BUDGET = (TargetState.THROTTLED, TargetState.TRIPPED)
 
 
 def phase_of(online: Sequence[str], observed: Mapping[str, Observed]) -> Phase:
@@ -28,11 +29,12 @@ def phase_of(online: Sequence[str], observed: Mapping[str, Observed]) -> Phase:
         return Phase.PENDING
     failed = [r for r in reports if r.error is not None]
     targets = [t for r in reports for t in r.targets if t.state != TargetState.GONE]
-    armed = any(t.state == TargetState.ARMED for t in targets)
+    over = any(t.state in _OVER_BUDGET for t in targets)
+    armed = over or any(t.state == TargetState.ARMED for t in targets)
     refused = any(t.state == TargetState.REFUSED for t in targets)
     grave = any(r.error is not None and r.error.get("code") != "not-found" for r in failed)
     if armed:
-        return Phase.PARTIAL if refused or grave else Phase.ARMED
+        return Phase.PARTIAL if over or refused or grave else Phase.ARMED
     if any(r.error is None and not r.resolved for r in reports) or len(reports) < len(online):
         return Phase.RESOLVING
     if refused or len(failed) == len(reports):
@@ -41,10 +43,11 @@ def phase_of(online: Sequence[str], observed: Mapping[str, Observed]) -> Phase:
 
 
 def coverage_of(online: Sequence[str], observed: Mapping[str, Observed]) -> Coverage:
-    """Counts targets on the hosts that are online: those that could be armed, and those that are."""
+    """Counts targets on the hosts that are online: those that could be armed, and those that are, if only for a part of
+    the time."""
     states = [t.state for host in online if host in observed for t in observed[host].targets]
-    armed = states.count(TargetState.ARMED)
-    return Coverage(eligible=armed + states.count(TargetState.REFUSED), armed=armed)
+    armed = states.count(TargetState.ARMED) + states.count(TargetState.THROTTLED)
+    return Coverage(eligible=armed + states.count(TargetState.TRIPPED) + states.count(TargetState.REFUSED), armed=armed)
 
 
 def conditions_of(
@@ -88,6 +91,7 @@ def conditions_of(
                 )
             )
         conditions += _refusals(host, report.targets, at)
+        conditions += _over_budget(host, report.targets, at)
     return conditions[:_MAX_CONDITIONS]
 
 
@@ -106,6 +110,26 @@ def _refusals(host: str, targets: Sequence[Target], at: datetime) -> list[Condit
             at=at,
         )
         for reason, same in sorted(by_reason.items())
+    ]
+
+
+def _over_budget(host: str, targets: Sequence[Target], at: datetime) -> list[Condition]:
+    over = [t for t in targets if t.state in _OVER_BUDGET]
+    if not over:
+        return []
+    counts = [(state.value, sum(t.state == state for t in over)) for state in _OVER_BUDGET]
+    which = " and ".join(f"{n} target{'s' if n > 1 else ''} {state}" for state, n in counts if n)
+    gravest = max(over, key=lambda t: t.state == TargetState.TRIPPED)
+    seen = sum(t.covered for t in over) / len(over)
+    return [
+        Condition(
+            type="Exact",
+            status="False",
+            reason="OverBudget",
+            message=f"{which}: {gravest.message}; calls are seen for {seen:.0%} of the time",
+            host=host,
+            at=at,
+        )
     ]
 
 

@@ -113,6 +113,11 @@ class Host:
     def reconcile(self, pid: int) -> None:
         self.engine.reconcile(ProcessId(pid, procfs.start_time(pid)), "reconcile")
 
+    def tick(self) -> None:
+        """Has the engine try again what it could not do."""
+        if retry := self.engine.tick():
+            self.looks.run(lambda: retry, "reconcile")
+
     def follows(self, pid: int) -> bool:
         """Whether the engine has anything to do with a process still."""
         if isinstance(self.engine, FakeEngine):

@@ -7,6 +7,8 @@ The oracle is always the target's own counter.
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.engines.host import Host
@@ -14,6 +16,7 @@ from tests.support import needs
 from tests.support.children import Child, fields, python, stopped
 from tests.support.targets import Targets
 from trapline.protocol.hits import ValueStatus
+from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import FetchPlan
 
 traps = pytest.mark.traps
@@ -286,6 +289,23 @@ def test_p5_blocking_calls_are_not_interrupted(host: Host, targets: Targets) -> 
         count = child.count()
         assert count["eintr"] == 0
         assert count["failed"] == 0
+
+
+@traps
+def test_p5_ignored_signals_interrupt_nothing(host: Host, targets: Targets) -> None:
+    """The kernel drops a signal that is ignored before it wakes anybody; not so where the thread is traced."""
+    program = targets.build("blocking")
+    with targets.run("blocking") as child:
+        probe = host.register(host.files.plan(program, "target_blocking"), pid=child.pid)
+        for _ in range(20):
+            for tid in procfs.tasks(child.pid):
+                for number in (signal.SIGCHLD, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT):
+                    ptrace.thread_kill(child.pid, tid, number)
+            child.ask("wake")
+        count = child.count()
+        assert {k: v for k, v in count.items() if "eintr" in k and v} == {}
+        assert count["failed"] == 0
+        probe.unregister()
 
 
 @traps

@@ -63,7 +63,7 @@ def test_a_handler_that_jumps_away_from_a_faulting_instruction(host: Host, targe
         assert (probe.hits, count["faults"], count["wrong"]) == (50, 50, 0)
 
 
-def test_text_that_moved_to_other_memory_takes_no_byte_along(host: Host, targets: Targets) -> None:
+def test_r18_text_that_moved_to_other_memory_takes_no_byte_along(host: Host, targets: Targets) -> None:
     program = targets.build("odd")
     with targets.run("odd") as child:
         probe = host.register(host.files.plan(program, "target_moved"), pid=child.pid)
@@ -75,7 +75,7 @@ def test_text_that_moved_to_other_memory_takes_no_byte_along(host: Host, targets
         assert (probe.hits, child.count()["wrong"]) == (4, 0)
 
 
-def test_every_thread_gets_its_turn(host: Host, targets: Targets) -> None:
+def test_p10_every_thread_gets_its_turn(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "8") as child:
         probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)

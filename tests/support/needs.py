@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,16 @@ def gxx() -> str:
 def go() -> str:
     """1.17 and later pass arguments in registers, and have the goroutine in one."""
     return _runs("go", "version")
+
+
+@_need("musl", "apt-get install musl-tools")
+def musl() -> str:
+    return _runs("musl-gcc", "--version")
+
+
+@_need("mounts", "run the tests as root, outside of a container")
+def mounts() -> str:
+    return _runs("unshare", "-m", "mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr:/etc", "/mnt")
 
 
 @_need("gdb", "apt-get install gdb")
@@ -214,6 +225,23 @@ def perf() -> str:
         return f"the ring of a perf event: {e.strerror}"
     finally:
         os.close(fd)
+    return ""
+
+
+@_need("fanotify", "run as root on Linux 6.14 or later, with the temporary directory on ext4, xfs or btrfs")
+def fanotify() -> str:
+    """Asks for pre-access events of a file in the directory that the tests build their programs in."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    group = libc.fanotify_init(0x8 | 0x1, os.O_RDONLY)  # FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC
+    if group < 0:
+        return f"fanotify_init: {os.strerror(ctypes.get_errno())}"
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            mask = ctypes.c_uint64(0x100000)  # FAN_PRE_ACCESS
+            if libc.fanotify_mark(group, 1, mask, -100, os.fsencode(file.name)) < 0:
+                return f"fanotify_mark in {tempfile.gettempdir()}: {os.strerror(ctypes.get_errno())}"
+    finally:
+        os.close(group)
     return ""
 
 

@@ -28,19 +28,20 @@ class Targets:
         self._built: dict[tuple[str, tuple[str, ...]], Path] = {}
         self._numbers = itertools.count(1)
 
-    def build(self, name: str, *flags: str) -> Path:
+    def build(self, name: str, *flags: str, compiler: str = "gcc") -> Path:
         """Returns the path of the program (or with ``-shared`` the library) made from ``NAME.c``.
 
         Args:
             name: the source without its suffix.
             flags: added to ``FLAGS``, so that a later ``-O0`` or ``-no-pie`` wins.
+            compiler: ``gcc``, or one that takes its flags.
         """
-        key = (name, flags)
+        key = (name, (compiler, *flags))
         if key not in self._built:
             folder = self._directory / f"{next(self._numbers)}"
             folder.mkdir(parents=True)
             output = folder / (f"lib{name}.so" if "-shared" in flags else name)
-            compile_c(SOURCES / f"{name}.c", output, flags)
+            compile_c(SOURCES / f"{name}.c", output, flags, compiler)
             self._built[key] = output
         return self._built[key]
 
@@ -86,9 +87,8 @@ class Targets:
             yield child
 
 
-def compile_c(source: Path, output: Path, flags: Iterable[str] = ()) -> None:
+def compile_c(source: Path, output: Path, flags: Iterable[str] = (), compiler: str = "gcc") -> None:
     """Compiles one C file. Raises AssertionError with the compiler's words."""
-    result = subprocess.run(
-        ["gcc", *FLAGS, *flags, str(source), "-o", str(output), "-ldl"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"gcc {source.name}: {result.stderr}"
+    command = [compiler, *FLAGS, *flags, str(source), "-o", str(output), "-ldl"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{compiler} {source.name}: {result.stderr}"

@@ -240,6 +240,8 @@ class Stack:
             "TRAPLINE_AGENT_RECONNECT_MAX_S": "0.2",
             "TRAPLINE_AGENT_HOST_NAME": HOST,
             "HOME": str(self._agent_directory),
+            # Exact counts of hot loops, however slow the machine; test_budgets.py has its own.
+            **{f"TRAPLINE_AGENT_OVERHEAD_{scope}": "0" for scope in ("PROBE", "PROCESS", "HOST")},
             **(agent_env or {}),
         }
         self._user = list(user)

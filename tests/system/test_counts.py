@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from tests.engines.host import untouched
 from tests.support import children, needs
 from tests.support.children import Child
 from tests.system.stack import GETPPID, Stack, Subscription, breakpoints, caller, libc_of
-from trapline.model import Phase
+from trapline.model import Phase, Target
 
 pytestmark = [needs.ptrace_any, needs.x86_64]
 
@@ -91,6 +92,16 @@ def test_a_library_that_is_opened_later_is_counted_from_its_first_call(stack: St
         stack.client.delete_probe(probe.id)
 
 
+def _told_by_the_coverage_log(stack: Stack, name: str, pid: int, where: Target) -> None:
+    (log,) = stack.client.coverage(name)
+    (entry,) = [e for e in log.entries if e.pid == pid]
+    assert (entry.cause, entry.hook, entry.may_have_missed) == (where.cause, where.hook, where.may_have_missed)
+    assert (entry.symbol, entry.disarmed_at) == ("sqlite3_step", None)
+    told = json.loads(stack.cli("probe", "coverage", name, "--json").stdout)
+    assert [e["pid"] for e in told[0]["entries"] if e["pid"] == pid] == [pid]
+    assert f"mmap ({where.hook})" in stack.cli("probe", "coverage", name).stdout
+
+
 @needs.sqlite
 def test_a_probe_without_a_selector_takes_what_starts_later(stack: Stack, tmp_path: Path) -> None:
     # A copy: the machine's own library is used by programs that are none of this test's business.
@@ -100,11 +111,12 @@ def test_a_probe_without_a_selector_takes_what_starts_later(stack: Stack, tmp_pa
         probe = stack.arm(f"{library}:sqlite3_step")
         expected = int(before.ask("insert 300"))
         with _sqlite(LD_LIBRARY_PATH=str(tmp_path)) as after, untouched(after.pid), untouched(before.pid):
-            # The mapping is found moments after it was made: the counting begins when it was armed.
             with Subscription(stack, [probe.id]) as stream:
                 after.ask("connect 1")
                 where = stack.armed(probe.id, after.pid, timeout=10)  # less than the hooks' safety net takes
-                assert (where.cause, where.may_have_missed) == ("mmap", True)
+                assert where.cause == "mmap"
+                # Who maps the file is held until it is armed; or else it is found moments after it was mapped.
+                assert where.may_have_missed == (where.hook != "fanotify")
                 expected += int(after.ask("insert 200"))
                 expected += int(before.ask("insert 100")) - 300
                 while len([h for h in stream.hits if h.pid == after.pid]) < 200:
@@ -114,6 +126,9 @@ def test_a_probe_without_a_selector_takes_what_starts_later(stack: Stack, tmp_pa
             early = [h for h in stack.client.hits(probe.id, limit=10_000) if h.pid == after.pid]
             # The few steps of `create table` and `select` are more only if it was armed before them.
             assert 200 <= len(early) <= 220
+            if not where.may_have_missed:
+                stack.exactly(probe.id, 400 + len(early))
+            _told_by_the_coverage_log(stack, probe.name, after.pid, where)
             assert len([h for h in stack.client.hits(probe.id, limit=10_000) if h.pid == before.pid]) == 400
             stack.client.delete_probe(probe.id)
 

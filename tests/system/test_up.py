@@ -89,7 +89,7 @@ def test_the_life_of_a_probe_by_command_line(tmp_path: Path) -> None:
 
 
 @needs.ptrace_any
-def test_trapline_never_probes_itself(tmp_path: Path) -> None:
+def test_p11_trapline_never_probes_itself(tmp_path: Path) -> None:
     with _up(tmp_path) as (up, client), pytest.raises(TraplineError, match="never probes itself"):
         client.create_probe(f"libc.so.6:getppid @ pid={up.pid}")
 

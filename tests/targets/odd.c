@@ -2,21 +2,36 @@
  *
  *   odd                the main thread obeys
  *   odd no-leader      another thread obeys, when the main thread has ended
+ *   odd leader-leaves  another thread obeys; the main thread ends at `leave`
  *   call N             N calls of target_odd
  *   fault N            N calls of target_fault, whose first instruction faults; the handler jumps away
  *   undumpable         the process may be looked at by root alone from now on
  *   move               moves the page of target_moved to anonymous memory, in place, as large-page remappers do
  *   moved N            N calls of target_moved
+ *   strict | filter    no system calls but read, write, exit from now on (seccomp; a filter answers others with an error)
+ *   ids                uid= euid=
+ *   no-privileges      no exec gives any from now on
+ *   untraced N         has a child that asked not to be followed (CLONE_UNTRACED) call target_odd N times: status=
+ *   hold N | go        the same, but the child waits for `go` first
  *   count              calls= faults= wrong=
  */
 #include "target.h"
 #include <pthread.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 
 static counter calls, faults, wrong;
 static sigjmp_buf before;
+static _Atomic int leaving;
+static pthread_t leader_thread;
 
 PROBED long target_odd(long i, const char *s)
 {
@@ -38,10 +53,49 @@ static void on_fault(int number)
 	siglongjmp(before, 1);
 }
 
+/* Everything but read, write and exit is answered with EPERM. */
+static void filter(void)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_read, 3, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_write, 2, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_exit_group, 1, 0),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {sizeof code / sizeof *code, code};
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+		die("seccomp");
+}
+
+static pid_t untraced(long n, int wait_for)
+{
+	char c;
+	pid_t pid = (pid_t)syscall(SYS_clone, SIGCHLD | CLONE_UNTRACED, NULL, NULL, NULL, NULL);
+	if (pid)
+		return pid;
+	if (wait_for >= 0 && read(wait_for, &c, 1) != 1)
+		_exit(4);
+	for (long i = 0; i < n; i++)
+		if (target_odd(i, "untraced") != i * 17 + 6)
+			_exit(5);
+	_exit(0);
+}
+
+static int status_of(pid_t pid)
+{
+	int status = -1;
+	waitpid(pid, &status, 0);
+	return status;
+}
+
 static void *obey(void *leader)
 {
 	char line[256];
 	long n;
+	static pid_t held;
+	static int gate[2];
 	if (leader)
 		pthread_join(*(pthread_t *)leader, NULL);
 	say("ready %d", getpid());
@@ -66,6 +120,33 @@ static void *obey(void *leader)
 		} else if (!strcmp(line, "undumpable")) {
 			prctl(PR_SET_DUMPABLE, 0);
 			say("undumpable");
+		} else if (!strcmp(line, "leave")) {
+			leaving = 1;
+			pthread_join(leader_thread, NULL);
+			say("left");
+		} else if (!strcmp(line, "strict")) {
+			if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
+				die("seccomp");
+			say("strict");
+		} else if (!strcmp(line, "filter")) {
+			filter();
+			say("filter");
+		} else if (!strcmp(line, "ids")) {
+			say("ids uid=%d euid=%d", getuid(), geteuid());
+		} else if (!strcmp(line, "no-privileges")) {
+			prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+			say("no-privileges");
+		} else if (sscanf(line, "untraced %ld", &n) == 1) {
+			say("ended status=%d", status_of(untraced(n, -1)));
+		} else if (sscanf(line, "hold %ld", &n) == 1) {
+			if (pipe(gate))
+				die("pipe");
+			held = untraced(n, gate[0]);
+			say("holds %d", held);
+		} else if (!strcmp(line, "go")) {
+			if (write(gate[1], "g", 1) != 1)
+				die("go");
+			say("ended status=%d", status_of(held));
 		} else if (!strcmp(line, "move")) {
 			char *copy = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 			memcpy(copy, (void *)target_moved, 4096);
@@ -95,6 +176,14 @@ int main(int argc, char **argv)
 	if (argc > 1 && !strcmp(argv[1], "no-leader")) {
 		if ((errno = pthread_create(&worker, NULL, obey, &self)))
 			die("pthread_create");
+		pthread_exit(NULL);
+	}
+	if (argc > 1 && !strcmp(argv[1], "leader-leaves")) {
+		leader_thread = self;
+		if ((errno = pthread_create(&worker, NULL, obey, NULL)))
+			die("pthread_create");
+		while (!leaving)
+			usleep(1000);
 		pthread_exit(NULL);
 	}
 	obey(NULL);

@@ -237,7 +237,7 @@ def test_no_descriptors_are_left_for_a_dlopen(host: Host, targets: Targets, faul
             child.ask("open")
             child.ask("call 3")
         assert faults.failed
-        host.engine.tick()
+        host.tick()
         assert [(t.state, t.cause, t.may_have_missed) for t in probe.targets] == [("armed", "reconcile", True)]
         child.ask("call 3")
         assert probe.hits == 3
@@ -257,7 +257,7 @@ def test_r7_a_breakpoint_that_cannot_be_taken_out_yet(host: Host, targets: Targe
         assert altered_bytes(child.pid, [program])
         child.ask("call 3")
         assert (probe.hits, child.count()["wrong"]) == (3, 0)
-        host.engine.tick()
+        host.tick()
         assert 0xCC not in {now for _, now in altered_bytes(child.pid, [program]).values()}
         clean(host, child, "")
 
@@ -374,7 +374,7 @@ def test_errnos_at_random_in_a_storm(host: Host, targets: Targets, faults: Fault
         torture.note(f"failed={len(faults.failed)}")
         count = child.count()
         assert (count.get("wrong", 0), count.get("failed", 0), count.get("outside", 0)) == (0, 0, 0)
-        host.engine.tick()
+        host.tick()
         probe = host.register(plan, probe="last", pid=child.pid)
         before = probe.hits
         if name != "signals":

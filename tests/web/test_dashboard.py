@@ -11,7 +11,8 @@ from playwright.async_api import Locator, Page, expect
 
 from tests.support import needs
 from tests.unit.service.peers import World
-from tests.web.host import HELD_BY_GDB, Host, linked
+from tests.web.host import HELD_BY_GDB, Host, linked, target
+from trapline.model import Counters, TargetState
 from trapline_service.config import Settings
 from trapline_service.dashboard import STATIC
 from trapline_service.server import Server
@@ -239,6 +240,30 @@ async def test_a_probe_that_another_client_makes_and_removes_comes_and_goes(
     await expect(row).to_contain_text(re.compile(r"1:[0-2]\d"))
     await world.http.delete(f"/probes/{made['id']}")
     await expect(row).to_have_count(0)
+
+
+async def test_a_probe_over_its_budget_says_what_is_not_counted(home: Page, host: Host) -> None:
+    probe = await arm(home, host)
+    why = "the probe adds 52% of a CPU to the time of programs, and may add 10%"
+    over = target(70, "nginx", "malloc").model_copy(
+        update={"state": TargetState.THROTTLED, "reason": "OverBudget", "message": why, "covered": 0.19}
+    )
+    await host.agent.observe(probe, targets=[over], counters=Counters(hits=900, uncovered_ms=12_340))
+    row = home.get_by_test_id("probe")
+    await expect(row).to_have_attribute("data-phase", "Partial")
+    await expect(row.get_by_test_id("probe-note")).to_contain_text(why)
+    await expect(row.get_by_test_id("drops")).to_have_text("0+")
+    await expect(row.get_by_test_id("drops")).to_have_attribute("title", re.compile("12.3 s"))
+    await button(home, "Show where malloc is armed").click()
+    shown = row.get_by_test_id("target")
+    await expect(shown).to_contain_text("throttled")
+    await expect(shown).to_contain_text(re.compile(r"seen for 19\s%"))
+    # Armed again; what was missed stays told.
+    await host.agent.observe(
+        probe, targets=[target(70, "nginx", "malloc")], counters=Counters(hits=950, uncovered_ms=12_340)
+    )
+    await expect(row).to_have_attribute("data-phase", "Armed")
+    await expect(row.get_by_test_id("drops")).to_have_text("0+")
 
 
 # --- the live tail ---------------------------------------------------------------------------------------------------

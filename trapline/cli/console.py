@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import typer
@@ -21,6 +21,7 @@ from rich.console import Console
 from trapline.errors import TraplineError
 
 T = TypeVar("T")
+Budget = float | Literal["off"] | None
 
 EXIT_ERROR = 2
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,6 +41,16 @@ Token = Annotated[
     str | None,
     typer.Option(
         "--token", envvar="TRAPLINE_TOKEN", help="Its token [default: this machine's own].", show_default=False
+    ),
+]
+
+Overhead = Annotated[
+    str | None,
+    typer.Option(
+        "--overhead",
+        metavar="PERCENT|off",
+        help="How much of a CPU's time it may add to programs [default: the agent's, 10%].",
+        show_default=False,
     ),
 ]
 
@@ -94,6 +105,24 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         return
     with err.status(text) as status:
         yield lambda new: status.update(new)
+
+
+def read_budget(text: str | None) -> Budget:
+    """Returns an option ``--overhead`` as a share: ``5%`` or ``5`` is 0.05. Raises typer.BadParameter."""
+    if text is None or text == "off":
+        return text  # type: ignore[return-value] # mypy does not narrow str to a literal by ==
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 16:
+        raise typer.BadParameter(f"{text!r} is neither a percentage of a CPU's time, such as 5%, nor 'off'")
+    return share
+
+
+def uncovered(ms: int) -> str:
+    """Returns for how long targets were not seen as the tail of a sentence; empty for not at all."""
+    return f", not seen for {ms / 1000:,.1f} s in all: OverBudget" if ms else ""
 
 
 def microseconds(ns: float | None) -> str:

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from trapline.cli.console import Json, Token, Url, microseconds, note, out, print_json, print_table, progress
+from trapline.cli.console import (
+    Json,
+    Overhead,
+    Token,
+    Url,
+    microseconds,
+    note,
+    out,
+    print_json,
+    print_table,
+    progress,
+    read_budget,
+    uncovered,
+)
 from trapline.cli.rows import format_hit, plain
 from trapline.client import Client, Gap
 from trapline.errors import NotFound
@@ -26,6 +39,7 @@ def add(
     name: Annotated[str, typer.Option(help="Its name [default: the symbol].", show_default=False)] = "",
     ttl: Annotated[float, typer.Option(help="Minutes until it expires; 0 keeps it until it is removed.")] = 60.0,
     max_hits: Annotated[int | None, typer.Option("-n", "--max-hits", min=1, help="Take it out after so many.")] = None,
+    overhead: Overhead = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be given several times.")] = None,
     allow_offline: Annotated[bool, typer.Option(help="Accept it though no host for it is online.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until it is armed.")] = False,
@@ -35,6 +49,7 @@ def add(
 ) -> None:
     """Create a probe, and wait until it is armed."""
     labels = dict(_pair(item) for item in label or [])
+    budget = read_budget(overhead)
     with Client(url, token) as client:
         with progress("resolving"):
             probe = client.create_probe(
@@ -43,6 +58,7 @@ def add(
                 ttl_s=round(ttl * 60) or None,
                 labels=labels,
                 max_hits=max_hits,
+                overhead=budget,
                 allow_offline=allow_offline,
             )
         if not no_wait and not allow_offline:
@@ -93,7 +109,11 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         ("probe", found.spec.text),
         ("phase", status.phase.value),
         ("armed", f"{status.coverage.armed} of {status.coverage.eligible} processes"),
-        ("hits", f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)})"),
+        (
+            "hits",
+            f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)}"
+            f"{uncovered(counters.uncovered_ms)})",
+        ),
         ("overhead", f"{microseconds(status.overhead_ns)} a hit"),
         ("created", f"{_time(found.created_at)}{f' by {found.created_by}' if found.created_by else ''}"),
         ("expires", _time(found.expires_at)),
@@ -104,6 +124,41 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
     if targets:
         out.print()
         _print_targets(targets, names)
+
+
+@probe_app.command("coverage")
+def coverage(probe: ProbeName, json: Json = False, url: Url = None, token: Token = None) -> None:
+    """Show when a probe was armed in which process, what told of the process, and where calls may have been missed."""
+    with Client(url, token) as client:
+        logs = client.coverage(probe)
+        names = {} if json else {host.id: host.facts.name for host in client.hosts()}
+    if json:
+        print_json(logs)
+        return
+    rows = []
+    for log in logs:
+        name = names.get(log.host, log.host)
+        if log.error:
+            note(f"{name}: {log.error.get('detail', 'failed')}")
+        if log.forgotten:
+            note(f"{name}: {log.forgotten:,} older entries are no longer kept")
+        rows += [
+            (
+                name,
+                str(e.pid),
+                plain(e.comm),
+                e.symbol,
+                _time(e.armed_at) if e.addr else "never",
+                _time(e.disarmed_at) if e.disarmed_at else "armed",
+                f"{e.cause.value} ({e.hook})",
+                f"maybe: {e.message}" if e.may_have_missed else "none",
+            )
+            for e in log.entries
+        ]
+    if rows:
+        print_table(("HOST", "PID", "COMM", "SYMBOL", "FROM", "TO", "CAUSE (HOOK)", "MISSED BEFORE"), rows)
+    else:
+        note("it was armed nowhere yet")
 
 
 @probe_app.command("rm")
@@ -202,13 +257,18 @@ def hosts(json: Json = False, url: Url = None, token: Token = None) -> None:
             "online" if host.online else "offline",
             host.process_count,
             ", ".join(e.name for e in host.facts.engines if e.available) or "none",
+            ", ".join(h.name for h in host.facts.hooks if h.available) or "none",
             f"{host.facts.kernel} {host.facts.arch}",
             host.facts.agent_user,
             host.id,
         )
         for host in found
     ]
-    print_table(("HOST", "STATE", "PROCESSES", "ENGINES", "KERNEL", "USER", "ID"), rows)
+    print_table(("HOST", "STATE", "PROCESSES", "ENGINES", "HOOKS", "KERNEL", "USER", "ID"), rows)
+    for host in found:
+        for hook in host.facts.hooks:
+            if not hook.available:
+                note(f"{host.facts.name}: no hook {hook.name}: {hook.reason}")
 
 
 def processes(
@@ -303,7 +363,7 @@ def _print_targets(targets: list[Target], names: dict[str, str]) -> None:
             names.get(t.host, t.host),
             str(t.pid),
             plain(t.comm),
-            t.state.value,
+            t.state.value if t.covered == 1 else f"{t.state.value} ({t.covered:.0%} seen)",
             f"{t.module}+{t.offset:#x}",
             f"{t.addr:#x}" if t.addr else "-",
             t.cause.value + (" (may have missed)" if t.may_have_missed else ""),

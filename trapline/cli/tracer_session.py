@@ -19,7 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from trapline.cli.console import ENDS, EXIT_ERROR, err, first_error, microseconds, note, print_table, progress
+from trapline.cli.console import (
+    ENDS,
+    EXIT_ERROR,
+    Budget,
+    err,
+    first_error,
+    microseconds,
+    note,
+    print_table,
+    progress,
+    uncovered,
+)
 from trapline.cli.rows import Lines
 from trapline.errors import NotFound, SpecError, TraplineError
 from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
@@ -46,6 +57,7 @@ class Options:
     max_hits: int | None = None
     duration_s: float | None = None
     wait: bool = False
+    overhead: Budget = None
     output: Path | None = None
     json: bool = False
 
@@ -145,8 +157,10 @@ class Session:
         self._options = options
         self._host = socket.gethostname()
         self._specs = [self._spec(text) for text in options.texts]
-        self._keeper = TracerKeeper(host_id=self._host)
+        self._keeper = TracerKeeper(host_id=self._host, budgets=_budgets(options.overhead))
         self._probes: dict[str, Traced] = {}
+        self._over_budget: dict[tuple[str, int, int, int, int], str] = {}
+        """The state of the targets that are over their budget."""
         self._reconciler: Reconciler
         self._writer: Writer
         self._command_pid = 0
@@ -182,8 +196,22 @@ class Session:
             self._ending.set()
         elif isinstance(event, t.Targets) and (traced := self._probes.get(event.probe)):
             traced.processes |= {(s.pid, s.start_time) for s in event.targets if s.state == "armed"}
+            self._tell_of_budget(event)
         elif isinstance(event, t.Completed) and all(p.run.completed for p in self._probes.values()):
             self._ending.set()
+
+    def _tell_of_budget(self, event: t.Targets) -> None:
+        """Says once of each change that a probe is not counted all the time, or is again."""
+        for target in event.targets:
+            key = (event.probe, target.pid, target.start_time, target.site, target.addr)
+            before = self._over_budget.pop(key, "")
+            if target.state in ("throttled", "tripped"):
+                self._over_budget[key] = target.state
+                if before != target.state:
+                    hint = "" if before else "; --overhead sets how much it may be"
+                    note(f"{event.probe}: {target.state} in process {target.pid}: {target.message}{hint}")
+            elif before and target.state == "armed":
+                note(f"{event.probe}: every call in process {target.pid} is counted again")
 
     # --- the course of it ---------------------------------------------------------------------------------------------
 
@@ -306,6 +334,24 @@ class Session:
             )
         note("")
         print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
+        for probe, traced in self._probes.items():
+            if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
+                note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
+
+
+def _budgets(overhead: Budget) -> t.Budgets:
+    """Returns the budgets of a session: the tracer is this user's alone, so what the option says holds for all of them."""
+    usual = t.DEFAULT_BUDGETS
+    if overhead is None:
+        return usual
+    if overhead == "off":
+        return t.Budgets(probe=0, process=0, host=0)
+    return t.Budgets(
+        probe=overhead,
+        process=max(overhead, usual.process),
+        host=max(overhead, usual.host),
+        burst_s=usual.burst_s,
+    )
 
 
 def _but(refused: Sequence[Target]) -> str:

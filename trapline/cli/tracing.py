@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trapline.cli.console import Json
+from trapline.cli.console import Json, Overhead, read_budget
 
 
 def trace(
@@ -26,6 +26,7 @@ def trace(
     max_hits: Annotated[int | None, typer.Option("-n", "--max-hits", min=1, help="End after so many hits.")] = None,
     duration: Annotated[float | None, typer.Option(min=0.0, help="End after so many seconds.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="With --pid: wait until it maps the file.")] = False,
+    overhead: Overhead = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the hits to this file.")] = None,
     json: Json = False,
 ) -> int:
@@ -52,6 +53,7 @@ def trace(
         max_hits=max_hits,
         duration_s=duration,
         wait=wait,
+        overhead=read_budget(overhead),
         output=output,
         json=json,
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from trapline_agent.capture.evaluate import Kept
-from trapline_agent.plans import SitePlan
+from trapline_agent.plans import FileKey, SitePlan
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ class ReturnSink(Protocol):
         """A call that was entered will not be seen to return."""
 
 
+@dataclass(eq=False, slots=True)
+class Tally:
+    """What one site of one process has cost: the overhead breaker goes by it. It outlives the breakpoint, which may be taken
+    out and put back meanwhile."""
+
+    traps: int = 0
+    """Only ever counts up, by the one thread that serves the process; other threads may read it at any time."""
+
+
 @dataclass(frozen=True)
 class SiteRequest:
     """One instruction that is wanted in one process."""
@@ -96,6 +105,8 @@ class SiteRequest:
     """The engine's look-out for calls that are left: the C library's longjmp."""
     slack_addr: int = 0
     """Where the plan's slack is mapped executable in this process; 0 where it is not."""
+    tally: Tally = field(default_factory=Tally)
+    """Where the engine counts its traps, whoever records them."""
     refusal: tuple[str, str] | None = None
     """(reason, message) where this mapping may not be armed: writable or shared."""
 
@@ -109,6 +120,8 @@ class Wanted:
     """True: go on following it though nothing is wanted yet (it was chosen by name, or is held)."""
     still_mapped: Callable[[int, SitePlan], bool] = lambda addr, plan: True
     """Whether the plan's instruction is (still) mapped at an address, by the same snapshot of the mappings."""
+    places: Callable[[SitePlan], Sequence[int]] = lambda plan: ()
+    """Where the plan's instruction is mapped, by the same snapshot."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +157,30 @@ class Observer(Protocol):
     def report(self, process: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         """Takes what changed in a process."""
 
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        """A process mapped a file and may have run what is wanted there before that could be armed, if it ever is."""
+
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
         """Takes a sample of how long the engine held a thread for one hit of a site, in ns."""
 
     def exited(self, process: ProcessId, status: int | None) -> None:
         """A process that was followed ended (wait status where known) or was let go (None)."""
+
+
+class Mapper(Protocol):
+    """A thread that waits in a system call which maps a file, and goes on when the hook that holds it is told to."""
+
+    event: str
+    """``mmap``, or ``exec``: its new image has nothing mapped yet."""
+    pid: int
+    tid: int
+    file: FileKey
+    """What it maps."""
+    deadline: float
+    """CLOCK_MONOTONIC seconds after which it may have gone on by itself, and must not be stopped any more."""
+
+    def cause(self) -> str:
+        """Asked once it has gone on and was stopped: the cause of what is armed then."""
 
 
 class Engine(Protocol):

@@ -30,7 +30,7 @@ def tried(look: Callable[[], T]) -> T:
     for _ in range(_TRIES - 1):
         try:
             return look()
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             raise
         except OSError:
             continue

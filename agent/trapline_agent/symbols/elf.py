@@ -41,12 +41,14 @@ _SHDR = np.dtype(
 )  # fmt: skip
 _SYM = np.dtype([("name", "<u4"), ("info", "u1"), ("other", "u1"), ("shndx", "<u2"), ("value", "<u8"), ("size", "<u8")])
 _DYN = np.dtype([("tag", "<i8"), ("value", "<u8")])
+_RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PF_X = 1, 2, 4, 1
 _SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
 _SHF_EXECINSTR = 4
-_DT_NULL, _DT_STRTAB, _DT_SONAME = 0, 5, 14
+_DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_RELA, _DT_RELASZ, _DT_SONAME = 0, 2, 5, 7, 8, 14
+_DT_TEXTREL, _DT_JMPREL, _DT_FLAGS, _DF_TEXTREL = 22, 23, 30, 4
 _NT_GNU_BUILD_ID = 3
 _SHN_LORESERVE, _SHN_XINDEX = 0xFF00, 0xFFFF
 _VERSION_HIDDEN, _VERSION_INDEX = 0x8000, 0x7FFF
@@ -225,30 +227,48 @@ class ElfFile:
                 at = desc_at + descsz + (-descsz % align)
         return ""
 
+    def _dynamic(self) -> dict[int, int]:
+        """Returns the dynamic section's values by tag; of a tag that comes again, the first."""
+        for row in self._segments[self._segments["type"] == _PT_DYNAMIC][:1]:
+            entries = self._table(int(row["offset"]), int(row["filesz"]), _DYN, "dynamic section", _MAX_SMALL)
+            tags = entries["tag"].tolist()
+            count = tags.index(_DT_NULL) if _DT_NULL in tags else len(tags)
+            return dict(zip(tags[:count][::-1], entries["value"][:count].tolist()[::-1], strict=True))
+        return {}
+
     def soname(self) -> str:
         """Returns the DT_SONAME, or an empty string."""
-        for row in self._segments[self._segments["type"] == _PT_DYNAMIC][:1]:
-            try:
-                entries = self._table(int(row["offset"]), int(row["filesz"]), _DYN, "dynamic section", _MAX_SMALL)
-                tags = entries["tag"].tolist()
-                entries = entries[: tags.index(_DT_NULL)] if _DT_NULL in tags else entries
-                strings, sonames = (entries["value"][entries["tag"] == tag] for tag in (_DT_STRTAB, _DT_SONAME))
-                if not len(strings) or not len(sonames):
-                    return ""
-                at = self._any_offset(int(strings[0]))
-                if at is None:
-                    return ""
-                at += int(sonames[0])
-                if at >= self.size:
-                    return ""
-                return (
-                    self._read(at, min(256, self.size - at), "strings")
-                    .split(b"\0", 1)[0]
-                    .decode("utf-8", "backslashreplace")
-                )
-            except (ResolveError, OverflowError):
+        try:
+            dynamic = self._dynamic()
+            if _DT_STRTAB not in dynamic or _DT_SONAME not in dynamic:
                 return ""
-        return ""
+            at = self._any_offset(dynamic[_DT_STRTAB])
+            if at is None:
+                return ""
+            at += dynamic[_DT_SONAME]
+            if at >= self.size:
+                return ""
+            name = self._read(at, min(256, self.size - at), "strings").split(b"\0", 1)[0]
+            return name.decode("utf-8", "backslashreplace")
+        except (ResolveError, OverflowError):
+            return ""
+
+    def text_relocations(self) -> list[int]:
+        """Returns the file offsets in code that the loader writes an address of up to 8 bytes to, ascending (gABI chapter
+        5, DT_TEXTREL). Nearly no file has any. Raises ResolveError where what says so is malformed."""
+        dynamic = self._dynamic()
+        if _DT_TEXTREL not in dynamic and not dynamic.get(_DT_FLAGS, 0) & _DF_TEXTREL:
+            return []
+        found: list[int] = []
+        for start, size in ((_DT_RELA, _DT_RELASZ), (_DT_JMPREL, _DT_PLTRELSZ)):
+            at = self._any_offset(dynamic[start]) if dynamic.get(start) else None
+            if at is None:
+                continue
+            for vaddr in self._table(at, dynamic.get(size, 0), _RELA, "relocations")["offset"].tolist():
+                offset = self.file_offset(vaddr)
+                if offset is not None:
+                    found.append(offset)
+        return sorted(found)
 
     def _any_offset(self, vaddr: int) -> int | None:
         for row in self._segments[self._segments["type"] == _PT_LOAD]:

@@ -25,6 +25,7 @@ _CHUNK = 100_000
 _MAX_IDENTITIES = 10_000
 _FEW = 20
 """So many matches in a search make looking for scattered letters needless."""
+_ADDRESS_BYTES = 8
 _NEAR = 256
 """Names that are compared letter by letter for did-you-mean."""
 
@@ -71,6 +72,7 @@ class SymbolIndex:
         self.segments: Sequence[Segment] = elf.segments
         self.code_sections = elf.code_sections()
         self.entry = elf.file_offset(elf.entry)
+        self._relocated = elf.text_relocations()
         self.stripped = not elf.has_symtab
         full, dynamic = elf.symbols(), elf.dynamic_symbols()
         self.imports = elf.imports()
@@ -134,6 +136,11 @@ class SymbolIndex:
     def segment_at(self, offset: int) -> Segment | None:
         """Returns the executable segment that has a file offset."""
         return next((s for s in self.segments if s.offset <= offset < s.end), None)
+
+    def is_relocated(self, offset: int, size: int) -> bool:
+        """Whether the loader writes an address into some bytes of the file when it has mapped it."""
+        i = bisect.bisect_left(self._relocated, offset + size)
+        return i > 0 and self._relocated[i - 1] + _ADDRESS_BYTES > offset
 
     def search(self, query: str) -> list[Match]:
         """Looks for what a person may mean, ignoring case.

@@ -52,10 +52,10 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, limit: int = 1 << 16) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, 1 << 16)
+        return os.read(fd, limit)
     finally:
         os.close(fd)
 
@@ -204,6 +204,19 @@ def may_trace(target: ProcessFacts, tracer_pid: int = 0) -> bool:
         and target.uid == os.getuid()
         and descends_from(target.pid, tracer_pid, ppids())
     )
+
+
+def is_32_bit(pid: int) -> bool:
+    """Says whether a process' program is 32-bit code; False where that cannot be known."""
+    try:
+        return _read(f"/proc/{pid}/exe", 5) == b"\x7fELF\x01"
+    except OSError:
+        return False
+
+
+def thirty_two_bit(pid: int) -> tuple[str, str]:
+    """Returns the refusal of a 32-bit process, as ``ineligible`` does."""
+    return "ThirtyTwoBit", f"process {pid} runs 32-bit code, which this release does not probe; probe a 64-bit process"
 
 
 def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int = 0) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from trapline.errors import ProtocolError, TraplineError, Unavailable
 from trapline_agent.plans import FetchPlan, SitePlan
 from trapline_agent.tracer import messages as m
 
-Event = m.Targets | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
+Event = m.Targets | m.Covered | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
 """What comes unasked; an encoded hit batch comes as bytes."""
 
 _START_TIMEOUT_S = 20.0
@@ -69,6 +69,7 @@ class TracerClient:
         host: str,
         lease_s: float = 30.0,
         self_pids: Sequence[int] = (),
+        budgets: m.Budgets = m.DEFAULT_BUDGETS,
         process: subprocess.Popen[bytes] | None = None,
         timeout: float = _START_TIMEOUT_S,
     ) -> Self:
@@ -79,6 +80,7 @@ class TracerClient:
             host: the host's id, for the headers of its batches.
             lease_s: seconds after which the tracer takes everything out when it does not hear of us.
             self_pids: processes beside this one and the tracer that are never to be probed.
+            budgets: what probes may add to the time of programs.
             process: the tracer if it was just spawned: its early end is reported instead of waited for.
             timeout: seconds to wait.
 
@@ -102,7 +104,9 @@ class TracerClient:
             except PermissionError as e:
                 raise Unavailable(f"the tracer's socket {socket} belongs to another user") from e
         self = cls(reader, writer)
-        self._send(m.Hello(agent_pid=os.getpid(), host=host, lease_s=lease_s, self_pids=list(self_pids)))
+        self._send(
+            m.Hello(agent_pid=os.getpid(), host=host, lease_s=lease_s, self_pids=list(self_pids), budgets=budgets)
+        )
         first = await self._read()
         if not isinstance(first, m.Ready) or first.protocol != m.PROTOCOL:
             writer.close()
@@ -169,6 +173,7 @@ class TracerClient:
         fetches: Sequence[FetchPlan] = (),
         where: Mapping[str, str] | None = None,
         max_hits: int = 0,
+        overhead: float | None = None,
         returns: bool = False,
     ) -> None:
         """Registers a probe, or adds sites to it; returns when every process that maps the files now is armed or refused.
@@ -185,6 +190,7 @@ class TracerClient:
                 fetches=list(fetches),
                 where=dict(where or {}),
                 max_hits=max_hits,
+                overhead=overhead,
                 returns=returns,
             )
         )

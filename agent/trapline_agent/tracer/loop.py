@@ -32,11 +32,13 @@ from trapline_agent.kernel import procfs
 from trapline_agent.plans import LATENCY
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
-from trapline_agent.tracer.hooks import MappingHook
+from trapline_agent.tracer.guard import Guard
+from trapline_agent.tracer.hooks import ExecHook, MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.looks import Looks
+from trapline_agent.tracer.mappers import Held, MapperHook
 from trapline_agent.tracer.shipper import Shipper
-from trapline_agent.tracer.table import ASYNC, Consumer, Table
+from trapline_agent.tracer.table import Consumer, Table
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Tracer:
         self._table.self_pids = frozenset((os.getpid(),))
         self._engine = PtraceEngine(self._table)
         self._table.on_exit = self._process_ended
+        self._guard = Guard(self._table, self._look_at)
         self._capabilities = self._engine.capabilities()
         self._looks = Looks(self._engine)
         self._looking: set[object] = set()
@@ -100,6 +103,21 @@ class Tracer:
             on_failure=lambda: self._post(self._stop),
         )
         self._hooked = self._hook.start()
+        self._execs = ExecHook(
+            on_exec=self._exec_told,
+            on_lost=lambda: self._post_once("lost", self._reconcile_all),
+        )
+        # Two streams would tell of the same thing; the other one tells of more.
+        self._exec_state = "stands by: perf-mmap tells of more" if self._execs.available and self._hooked else ""
+        if self._hooked or not self._execs.start():
+            self._execs.close()
+        self._mappers = MapperHook(
+            is_meant=self._table.is_meant,
+            hold=self._engine.await_mapper,
+            on_late=lambda held: self._post(lambda: self._late(held)),
+            on_lost=lambda: self._post_once("mappers", self._mappers_lost),
+        )
+        self._spared: frozenset[int] = frozenset()
         self._commands: dict[int, Command] = {}
         self._ends: dict[int, int] = {}
         self._stats: dict[str, m.Stats] = {}
@@ -128,7 +146,7 @@ class Tracer:
         log.info("tracer ready on %s (%s)", self._path, self._source)
         try:
             while not self._done:
-                due = min((self._next_tick, self._lease_end, *self._mapped_due.values()))
+                due = min((self._next_tick, self._lease_end, self._guard.due, *self._mapped_due.values()))
                 timeout = 0.0 if self._news else max(0.0, due - time.monotonic())
                 for key, _ in self._selector.select(timeout):
                     self._safely(key.data)
@@ -138,7 +156,9 @@ class Tracer:
                 now = time.monotonic()
                 for pid in [p for p, at in self._mapped_due.items() if now >= at]:
                     del self._mapped_due[pid]
-                    self._safely(self._reconcile_pid, pid, "mmap" + ASYNC)
+                    self._safely(self._reconcile_pid, pid, "mmap:perf-mmap")
+                if now >= self._guard.due:
+                    self._safely(self._guard.look)
                 if now >= self._next_tick:
                     self._next_tick = now + _TICK_S
                     self._safely(self._tick, now)
@@ -149,6 +169,8 @@ class Tracer:
             self._safely(self._end_commands)
             self._safely(self._shipper.close)
             self._safely(self._hook.close)
+            self._safely(self._execs.close)
+            self._safely(self._mappers.close)
             self._safely(self._path.unlink, True)
 
     def _safely(self, work: Callable[..., object], *args: object) -> None:
@@ -253,12 +275,13 @@ class Tracer:
                 case m.Watch(names=names):
                     self._hook.watch(names)
                 case m.Spare(self_pids=pids):
-                    self._table.self_pids = frozenset((os.getpid(), *pids))
+                    self._spare(pids)
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
                     if self._table.consumers:
                         self._look_once("loaders", self._everyone)
+                    self._set_marks()
                 case m.Launch():
                     done.pid = self._launch(message)
                 case m.Release(pid=pid):
@@ -287,8 +310,9 @@ class Tracer:
 
     def _hello(self, hello: m.Hello) -> None:
         self._host = hello.host
+        self._guard.budgets = hello.budgets
         self._lease_s = hello.lease_s
-        self._table.self_pids = frozenset((os.getpid(), hello.agent_pid, *hello.self_pids))
+        self._spare((hello.agent_pid, *hello.self_pids))
         assert self._agent is not None
         ready = m.Ready(
             protocol=m.PROTOCOL,
@@ -300,13 +324,22 @@ class Tracer:
             hooks=[
                 ("fork-exec", self._capabilities.available, ""),
                 ("loader", self._capabilities.available, ""),
+                (self._mappers.name, self._mappers.available, self._mappers.reason),
                 (self._hook.name, self._hooked, self._hook.reason),
+                (self._execs.name, self._execs.available, self._execs.reason or self._exec_state),
                 ("reconcile", True, ""),
             ],
             probes=[c.probe for c in self._table.consumers],
         )
         self._shipper.connect(self._agent.socket, ready)
         self._stats.clear()
+
+    def _spare(self, pids: Iterable[int]) -> None:
+        """Sets Trapline's own processes besides this one and the answerer."""
+        self._spared = frozenset(pids)
+        own = {os.getpid(), self._mappers.pid, *self._spared} - {0}
+        self._table.self_pids = frozenset(own)
+        self._mappers.spare(self._table.self_pids)
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
@@ -330,9 +363,11 @@ class Tracer:
         before = None if known is None else (known.register, known.plans)
         # Publish, then look: a mapping that appears meanwhile is found by a hook or by the look (semantics R2).
         consumer = self._table.publish(message, ring)
+        self._set_marks()
 
         def looked(error: Exception | None) -> None:
             if error is None:
+                self._set_marks()  # also of files that only those who map them lead to
                 # Before ``Done``: whoever waits for it must not take a probe that is armed for one without targets.
                 self._send_targets()
                 self._next_reconcile = min(self._next_reconcile, time.monotonic() + self._reconcile_every())
@@ -349,10 +384,12 @@ class Tracer:
         self._look(lambda: self._table.candidates(consumer), "scan", looked)
 
     def _unregister(self, probe: str, done: Callable[[], None] = lambda: None) -> None:
+        self._send_targets()  # what the table knows of it goes with it
         consumer = self._table.withdraw(probe)
         if consumer is None:
             done()
             return
+        self._set_marks()
         with self._rings_lock:
             self._leaving.append(consumer)
 
@@ -407,10 +444,34 @@ class Tracer:
             self._looking.add(key)
             self._look(find, cause, lambda error: self._looked(key, error))
 
+    def _look_at(self, process: ProcessId, done: Callable[[], None]) -> None:
+        self._look(lambda: [process], "reconcile", lambda error: done())
+
     def _looked(self, key: object, error: Exception | None) -> None:
         self._looking.discard(key)
         if error is not None:
             log.error("a look for %s failed; it is repeated by and by", key, exc_info=error)
+
+    def _set_marks(self) -> None:
+        """Has the mappers of probed files held, of those alone. What the table wants is published by then: who is held
+        finds it, and who is not has mapped the file before, and is found by the look that follows."""
+        before = self._mappers.pid
+        self._safely(self._mappers.sync, self._table.descriptors(), self._table.loaders())
+        self._table.unheld = self._mappers.refused
+        if self._mappers.pid != before:
+            self._spare(self._spared)
+
+    def _late(self, held: Held) -> None:
+        """A mapper went on before it was followed."""
+        cause = f"{held.event}:fanotify-late"
+        self._table.missed(held.pid, held.file, cause)
+        self._reconcile_pid(held.pid, cause)
+
+    def _mappers_lost(self) -> None:
+        """The answerer has ended, or let mappers go on untold."""
+        if not self._done:
+            self._set_marks()
+            self._reconcile_all()
 
     def _mapped(self, pid: int) -> None:
         """News of the perf stream. In a process whose loader reports to us it is left to that report, which comes before the
@@ -418,7 +479,12 @@ class Tracer:
         if self._engine.is_hooked(pid):
             self._mapped_due.setdefault(pid, time.monotonic() + _LOADER_GRACE_S)
         else:
-            self._reconcile_pid(pid, "mmap" + ASYNC)
+            self._reconcile_pid(pid, "mmap:perf-mmap")
+
+    def _exec_told(self, pid: int) -> None:
+        """News of the connector, on its thread. A process that is followed has told of it itself, and is as it should be."""
+        if self._table.files():
+            self._post_once((pid, "exec"), lambda: self._reconcile_pid(pid, "exec:proc-connector"))
 
     def _reconcile_pid(self, pid: int, cause: str) -> None:
         with contextlib.suppress(OSError):
@@ -461,6 +527,7 @@ class Tracer:
             probe=consumer.probe,
             hits=ring.hits,
             limited=ring.limited,
+            uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
             calls=ring.calls,
             unreturned=dict(ring.unreturned),
@@ -470,10 +537,13 @@ class Tracer:
     def _send_targets(self) -> None:
         for probe, targets in self._table.take_changes():
             self._shipper.send(m.Targets(probe=probe, targets=targets))
+        for probe, entries in self._table.take_log():
+            self._shipper.send(m.Covered(probe=probe, entries=entries))
 
     def _tick(self, now: float) -> None:
         if retry := self._engine.tick():
             self._look(lambda: retry, "reconcile")
+        self._table.measure()
         for consumer in self._table.consumers:
             stats = self._stats_of(consumer)
             if self._stats.get(consumer.probe) != stats:

@@ -25,6 +25,21 @@ class Message(msgspec.Struct, tag_field="t", omit_defaults=True, kw_only=True):
     pass
 
 
+class Budgets(msgspec.Struct, frozen=True, kw_only=True):
+    """What probes may add to the time of programs, each as a share of one CPU's time (``tracer.breaker``); 0: no budget."""
+
+    probe: float = 0.1
+    """Each probe, over all processes; a probe may have a budget of its own (``Register.overhead``)."""
+    process: float = 0.25
+    """Each process, over all probes in it."""
+    host: float = 0.5
+    """All probes together, the tracer's own work for them included."""
+    burst_s: float = 3.0
+    """Seconds of a CPU's time by which each may be exceeded for a while."""
+
+
+DEFAULT_BUDGETS = Budgets()
+
 # --- agent to tracer -------------------------------------------------------------------------------------------------
 
 
@@ -36,6 +51,7 @@ class Hello(Message, tag="hello"):
     lease_s: float = 30.0
     self_pids: list[int] = []
     """Processes that are never eligible: the agent, a service on this host (semantics P11)."""
+    budgets: Budgets = DEFAULT_BUDGETS
 
 
 class Renew(Message, tag="renew"):
@@ -55,6 +71,8 @@ class Register(Message, tag="register"):
     where: dict[str, str] = {}
     """pid tree comm exe uid: all must match (shell patterns for comm and exe)."""
     max_hits: int = 0
+    overhead: float | None = None
+    """Its own budget, in the place of ``Budgets.probe``; 0: none."""
     returns: bool = False
     """The sites are entries of functions; a hit is a return from one."""
 
@@ -135,13 +153,19 @@ class TargetState(msgspec.Struct, kw_only=True, omit_defaults=True):
     offset: int
     addr: int = 0
     state: str
-    """armed, refused, gone."""
+    """armed, throttled, tripped, refused, gone."""
     cause: str = "scan"
+    hook: str = ""
+    """Who told of the mapping."""
     since_ns: int = 0
     """CLOCK_REALTIME."""
     may_have_missed: bool = False
     reason: str = ""
     message: str = ""
+    covered: float = 1.0
+    """Share of the time since ``since_ns`` in which its breakpoint was in; below 1 where the breaker took it out."""
+    uncovered_ms: int = 0
+    """Milliseconds in which the breaker had taken it out, ever."""
 
 
 class Targets(Message, tag="targets"):
@@ -151,6 +175,35 @@ class Targets(Message, tag="targets"):
     targets: list[TargetState]
 
 
+class CoverageEntry(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A stretch of time in which a target was armed; or a moment at which it should have been and was not (``addr`` 0)."""
+
+    number: int
+    """Counts up in a probe on a tracer; an entry comes again when it has ended."""
+    pid: int
+    start_time: int
+    comm: str
+    site: int
+    path: str
+    addr: int = 0
+    cause: str = "scan"
+    hook: str = ""
+    begun_ns: int = 0
+    """CLOCK_REALTIME."""
+    ended_ns: int = 0
+    """0: it is armed still."""
+    may_have_missed: bool = False
+    """True: calls may have run before it began, for the reason in ``message``."""
+    message: str = ""
+
+
+class Covered(Message, tag="covered"):
+    """Entries of a probe's coverage log that are new or have ended."""
+
+    probe: str
+    entries: list[CoverageEntry]
+
+
 class Stats(Message, tag="stats"):
     """Counters of a probe, whole, at most once a second and at its end."""
 
@@ -158,6 +211,8 @@ class Stats(Message, tag="stats"):
     hits: int
     filtered: int = 0
     limited: int = 0
+    uncovered_ms: int = 0
+    """Milliseconds in which its targets were not seen, since the breaker had taken them out: summed over targets."""
     drops: dict[str, int] = {}
     calls: int = 0
     """Of a return probe: calls that began."""
@@ -212,7 +267,7 @@ class Loaders(Message, tag="loaders"):
 
 
 ToTracer = Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
-ToAgent = Ready | Done | Targets | Stats | Completed | Mapped | Exited | LeaseEnded
+ToAgent = Ready | Done | Targets | Covered | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises; the last is of values that are nested too deep."""

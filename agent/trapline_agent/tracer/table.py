@@ -15,6 +15,7 @@ Invariants
    mapping that is refused is refused again wherever it comes back, and each target says so (R15).
 7. A target is what the engine said last about one site of one process to one consumer. It is never forgotten while its
    process lives and the consumer is there; what is not meant any more is ``gone``.
+8. What the overhead breaker leaves out is not wanted for now (S4), and its target says so; the process stays followed.
 
 Only the control thread publishes and withdraws, in the order of what it is told; so the table has one writer and needs no
 lock for each inode (R6). Everybody else asks and reports, from any thread.
@@ -23,28 +24,49 @@ lock for each inode (R6). Everybody else asks and reports, from any thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from trapline.errors import Conflict, Unsupported
+import msgspec
+
+from trapline.errors import Conflict, TraplineError, Unsupported
 from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
-from trapline_agent.targets import maps
+from trapline_agent.targets import maps, process
+from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
-from trapline_agent.tracer.messages import Register, TargetState
+from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
+from trapline_agent.tracer.coverage import CoverageLog
+from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
+from trapline_agent.tracer.meters import Meters
+from trapline_agent.tracer.outages import Outages
 from trapline_agent.tracer.places import Places
 
-ASYNC = "-async"
-"""Suffix of a cause that came after the fact: calls may have run before the process was armed."""
-_MISSED = frozenset(("mmap" + ASYNC, "exec" + ASYNC, "reconcile"))
+log = logging.getLogger(__name__)
+
+_OVER_BUDGET = "OverBudget"
+_BACK = "it was left out while it was over its budget"
+_HELD = frozenset((State.THROTTLED.text, State.TRIPPED.text))
+_HOOKS = {"scan": "scan", "fork": "fork-exec", "exec": "fork-exec", "mmap": "loader", "reconcile": "reconcile"}
+"""Which hook a cause means that names none. A cause is ``mmap``, or ``mmap:HOOK``."""
+_MISSED = {
+    "perf-mmap": "the kernel told of the mapping after it was made",
+    "proc-connector": "the kernel told of the new image after it was made",
+    "fanotify-late": "the mapper was let go on at the deadline, before the tracer had it",
+    "unsettled": "a thread of the process stayed inside fork, clone or execve",
+    "reconcile": "a look through /proc found the mapping, some time after it was made",
+}
+"""Hooks that come after the fact: calls may have run before the process was armed, and why."""
+_LATE_HOOKS = {"fanotify-late": "fanotify", "unsettled": "fanotify"}
 _MAX_GONE = 1000
 """Targets of ended processes that a probe remembers."""
 
@@ -58,12 +80,16 @@ class Consumer:
     selector: Selector
     plans: dict[tuple[FileKey, int], SitePlan] = field(default_factory=dict)
     held: dict[FileKey, int] = field(default_factory=dict)
-    """O_PATH descriptors that keep the inodes from being used again (R9)."""
+    """Descriptors that keep the inodes from being used again (R9); -1 where none can be had."""
+    closed: bool = False
+    _holding: threading.Lock = field(default_factory=threading.Lock)
     sinks: dict[int, Sink] = field(default_factory=dict)
     return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
     """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+    outages: Outages = field(default_factory=Outages)
+    coverage: CoverageLog = field(default_factory=CoverageLog)
     source: str = field(default_factory=lambda: new_id("trc"))
     """What its hits are numbered in: a probe that is registered again begins at 0 again, in another source."""
 
@@ -84,13 +110,35 @@ class Consumer:
             elif plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
-                with contextlib.suppress(OSError):
-                    self.held[plan.file] = os.open(plan.path, os.O_PATH | os.O_CLOEXEC)
+                # Its path may be another file's here, or nobody's: then who maps it leads there.
+                self._keep(plan.file, _opened(plan.file, lambda path=plan.path: open_regular(path)))  # type: ignore[misc]
+
+    def hold(self, pid: int, mapping: FileMapping) -> None:
+        """Keeps the inode of a mapped file. Any thread."""
+        fd = _opened(mapping.file, lambda: open_mapped(pid, mapping))
+        self._keep(mapping.file, fd)
+        with self._holding:
+            self.held.setdefault(mapping.file, -1)
+
+    def _keep(self, file: FileKey, fd: int) -> None:
+        with self._holding:
+            if fd >= 0 and not self.closed and file not in self.held:
+                self.held[file] = fd
+                return
+        if fd >= 0:
+            os.close(fd)
+
+    def descriptors(self) -> list[tuple[FileKey, int]]:
+        with self._holding:
+            return [(file, fd) for file, fd in self.held.items() if fd >= 0]
 
     def close(self) -> None:
-        for fd in self.held.values():
-            os.close(fd)
-        self.held.clear()
+        with self._holding:
+            self.closed = True
+            held, self.held = self.held, {}
+        for fd in held.values():
+            if fd >= 0:
+                os.close(fd)
 
 
 class _Parents(dict[int, int]):
@@ -134,7 +182,11 @@ class Table:
         self._places = Places()
         self._lock = threading.Lock()
         self._on_change = on_change
+        self.meters = Meters()
+        self.verdicts = Verdicts()
         self.self_pids: frozenset[int] = frozenset()
+        self.unheld: Mapping[FileKey, str] = {}
+        """Files whose mappers cannot be held, and why."""
         self.on_exit: Callable[[ProcessId, int | None], None] = lambda identity, status: None
 
     # --- control thread ----------------------------------------------------------------------------------------------
@@ -168,6 +220,7 @@ class Table:
         with self._lock:
             # This agent may be another one than the one that was told of them.
             consumer.changed |= consumer.targets.keys()
+            consumer.coverage.tell_again()
         consumer.register = register
         consumer.add(register.plans)
         self._renew()
@@ -190,7 +243,16 @@ class Table:
         """Takes a consumer away; its sites are wanted no more. Its ``close`` is due when they are out."""
         consumer = self._consumers.pop(probe, None)
         self._renew()
+        self.verdicts = self.verdicts.without(probe)
+        self.meters.forget(probe)
         return consumer
+
+    def descriptors(self) -> dict[FileKey, int]:
+        """Returns an O_PATH descriptor of each probed file that could be opened. They belong to the consumers."""
+        return {file: fd for consumer in self._now.consumers for file, fd in consumer.descriptors()}
+
+    def loaders(self) -> Mapping[FileKey, SitePlan]:
+        return self._now.loaders
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
         """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``), and where longjmp begins."""
@@ -215,6 +277,81 @@ class Table:
             dict(self._unwinders),
         )
 
+    # --- the breaker: control thread ---------------------------------------------------------------------------------
+
+    def judge(self, verdicts: Verdicts) -> None:
+        """Says what is to be left out; from its return on ``wanted`` does. ``settle`` is due when that is so."""
+        self.verdicts = verdicts
+
+    def settle(self, points: Iterable[Point], judged_ns: int) -> None:
+        """Has the targets say what became of them by the present verdicts.
+
+        Args:
+            points: those of the former verdicts and of the present ones.
+            judged_ns: when ``judge`` was called, CLOCK_MONOTONIC ns: what is out may have been so from then on.
+        """
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            for point in points:
+                for plan, consumer in self._now.by_file.get(point.file, ()):
+                    key = (*point.process, plan.site, point.addr)
+                    target = consumer.targets.get(key)
+                    if plan.offset != point.offset or target is None or target.state not in ("armed", *_HELD):
+                        continue
+                    self._settle(consumer, key, target, self.verdicts.of(point, consumer.probe), judged_ns, now_ns)
+        self._on_change()
+
+    @staticmethod
+    def _settle(
+        consumer: Consumer,
+        key: tuple[int, int, int, int],
+        target: TargetState,
+        verdict: Verdict | None,
+        judged_ns: int,
+        now_ns: int,
+    ) -> None:
+        state, message = (verdict.state.text, verdict.message) if verdict else ("armed", "")
+        if verdict is None and key not in consumer.outages:
+            return  # it was never out
+        consumer.outages.mark(
+            key, out=verdict is not None and verdict.out, since_ns=judged_ns if verdict and verdict.out else now_ns
+        )
+        if (target.state, target.message) == (state, message):
+            return
+        if target.state != state:
+            consumer.outages.begin(key, now_ns)
+            target.since_ns = time.time_ns()
+            why = message or "within its budget again"
+            log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
+        was, target.state, target.message = target.state, state, message
+        target.reason = _OVER_BUDGET if verdict else ""
+        # One that is throttled is in and out all the time: ``covered`` says how much.
+        if state == State.TRIPPED.text:
+            consumer.coverage.end(key, time.time_ns())
+        elif was == State.TRIPPED.text:
+            consumer.coverage.begin(
+                key, msgspec.structs.replace(target, state="armed", hook="budget", may_have_missed=True, message=_BACK)
+            )
+        _tell_outages(consumer, key, target, now_ns)
+
+    def measure(self) -> None:
+        """Has the targets that are, or were, left out say for how long."""
+        now_ns = time.monotonic_ns()
+        changed = False
+        with self._lock:
+            for consumer in self._consumers.values():
+                for key in consumer.outages.keys():  # noqa: SIM118 - not a dictionary
+                    if (target := consumer.targets.get(key)) is not None and target.state in _HELD:
+                        _tell_outages(consumer, key, target, now_ns)
+                        changed = True
+        if changed:
+            self._on_change()
+
+    def uncovered_ms(self, consumer: Consumer) -> int:
+        """Returns for how long a probe's targets were left out, summed over them, in ms."""
+        with self._lock:
+            return consumer.outages.total_ns(time.monotonic_ns()) // 1_000_000
+
     # --- whoever looks at processes ----------------------------------------------------------------------------------
 
     def candidates(self, consumer: Consumer | None = None) -> set[ProcessId]:
@@ -236,10 +373,11 @@ class Table:
                 continue
             try:
                 if pid not in named:
-                    text = self._proc.maps(pid)
+                    text = procfs.tried(lambda pid=pid: self._proc.maps(pid))  # type: ignore[misc]
                     if not any(n in text for n in needles):
                         continue
-                found.add(ProcessId(pid, self._proc.start_time(pid)))
+                start_time = procfs.tried(lambda pid=pid: self._proc.start_time(pid))  # type: ignore[misc]
+                found.add(ProcessId(pid, start_time))
             except OSError:
                 continue  # ended meanwhile, or another user's
         return found
@@ -286,10 +424,16 @@ class Table:
                     _forget_oldest(consumer.targets)
             return result
 
+    def take_log(self) -> list[tuple[str, list[CoverageEntry]]]:
+        """Returns the entries of the coverage logs that are new or have ended since the last call, by probe."""
+        with self._lock:
+            taken = [(consumer.probe, consumer.coverage.take()) for consumer in self._consumers.values()]
+        return [(probe, entries) for probe, entries in taken if entries]
+
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
 
     def wanted(self, identity: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
-        now = self._now
+        now, verdicts = self._now, self.verdicts
         if parent is not None:
             self._ancestors[identity] = (parent.pid, *self._ancestors_of(parent))
         if identity.pid in self.self_pids:
@@ -304,19 +448,36 @@ class Table:
         def still_mapped(addr: int, plan: SitePlan) -> bool:
             return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
 
+        def places(plan: SitePlan) -> list[int]:
+            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+
         sites: dict[int, SiteRequest] = {}
+        interested: dict[int, list[Consumer]] = {}
+        left_out: dict[tuple[Consumer, int], tuple[SitePlan, Verdict]] = {}
         for mapping in mappings if matching else ():
             for plan, consumer in now.by_file.get(mapping.file, ()):
                 addr = mapping.addr(plan.offset)
                 if addr is None or consumer not in matching:
                     continue
+                if plan.file not in consumer.held:
+                    consumer.hold(identity.pid, mapping)
+                point = Point(identity, addr, plan.file, plan.offset)
+                if verdicts and (verdict := verdicts.of(point, consumer.probe)) is not None and verdict.out:
+                    left_out[consumer, addr] = plan, verdict
+                    continue
+                interested.setdefault(addr, []).append(consumer)
+                tally = self.meters.tally(point, interested[addr])
                 known = sites.get(addr) or _request(addr, plan, mapping, mappings)
+                known = replace(known, tally=tally)
                 sites[addr] = (
                     replace(known, returns=(*known.returns, consumer.return_sinks[plan.site]))
                     if consumer.register.returns
                     else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
                 )
-        keep = any(c.follows for c in matching)
+        if verdicts:
+            self._note_left_out(identity, interested, left_out, cause, facts.comm)
+        # What is left out comes back: the process is followed meanwhile.
+        keep = bool(left_out) or any(c.follows for c in matching)
         if sites or keep:
             for mapping in mappings:
                 loader = now.loaders.get(mapping.file)
@@ -324,13 +485,70 @@ class Table:
                     continue
                 if addr not in sites:
                     sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
-        if any(r.returns for r in sites.values()):
+        if any(r.returns and r.refusal is None for r in sites.values()):
             for mapping in mappings:
                 for unwinder in now.unwinders.get(mapping.file, {}).values():
                     if (addr := mapping.addr(unwinder.offset)) is not None:
                         known = sites.get(addr) or _request(addr, unwinder, mapping, mappings)
                         sites[addr] = replace(known, unwinds=True)
-        return Wanted(list(sites.values()), keep, still_mapped)
+        return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
+
+    def _note_left_out(
+        self,
+        identity: ProcessId,
+        interested: Mapping[int, Sequence[Consumer]],
+        left_out: Mapping[tuple[Consumer, int], tuple[SitePlan, Verdict]],
+        cause: str,
+        comm: str,
+    ) -> None:
+        """Enters targets that begin their life left out, and strikes off those that went away while they were: the engine
+        has no breakpoint there of which to report either."""
+        cause, hook = _cause_and_hook(cause)
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            for (consumer, addr), (plan, verdict) in left_out.items():
+                key = (*identity, plan.site, addr)
+                known = consumer.targets.get(key)
+                if known is not None and known.state != "gone":
+                    continue
+                consumer.targets[key] = TargetState(
+                    pid=identity.pid,
+                    start_time=identity.start_time,
+                    comm=comm,
+                    site=plan.site,
+                    path=plan.path,
+                    offset=plan.offset,
+                    addr=addr,
+                    state=verdict.state.text,
+                    cause=cause,
+                    hook=_LATE_HOOKS.get(hook, hook),
+                    since_ns=time.time_ns(),
+                    reason=_OVER_BUDGET,
+                    message=verdict.message,
+                )
+                consumer.outages.mark(key, out=True, since_ns=now_ns)
+                consumer.changed.add(key)
+            for consumer in self._now.consumers:
+                for key in consumer.outages.keys():  # noqa: SIM118 - not a dictionary
+                    addr, target = key[3], consumer.targets.get(key)
+                    if key[:2] != identity or target is None or target.state not in _HELD:
+                        continue
+                    if (consumer, addr) not in left_out and consumer not in interested.get(addr, ()):
+                        target.state = "gone"
+                        consumer.outages.end(key, now_ns)
+                        consumer.changed.add(key)
+        self._on_change()
+
+    def is_meant(self, pid: int, file: FileKey) -> bool:
+        """Says whether something is wanted in a process once it has mapped a file. Any thread."""
+        consumers = {consumer for _, consumer in self._now.by_file.get(file, ())}
+        if not consumers or pid in self.self_pids:
+            return False
+        facts = self._proc.facts(pid)
+        if facts is None:
+            return False
+        parents = self._parents(ProcessId(pid, facts.start_time))
+        return any(c.selector.matches(facts, parents) for c in consumers)
 
     def place(self, process: ProcessId, addr: int) -> SiteRequest:
         mappings = maps.parse_maps(self._proc.maps(process.pid))
@@ -365,6 +583,9 @@ class Table:
 
     def report(self, identity: ProcessId, reports: Iterable[SiteReport], cause: str) -> None:
         since = time.time_ns()
+        cause, hook = _cause_and_hook(cause)
+        missed = _MISSED.get(hook, "")
+        unheld = self.unheld
         blind = False
         try:
             facts = procfs.tried(lambda: self._proc.facts(identity.pid))
@@ -385,9 +606,17 @@ class Table:
                     state = report.state if meant else "gone"
                     if state == "gone" and known is None:
                         continue
+                    if known is not None and meant:
+                        # In or out by the breaker, it is what ``settle`` says of it.
+                        point = Point(identity, report.addr, plan.file, plan.offset)
+                        verdict = self.verdicts.of(point, consumer.probe)
+                        left_out = verdict is not None and verdict.out and known.state != "gone"
+                        if (state == "armed" and known.state in _HELD) or (state == "gone" and left_out):
+                            continue
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
-                    consumer.targets[key] = TargetState(
+                    consumer.outages.end(key, time.monotonic_ns())
+                    target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
                         comm=comm or (known.comm if known else ""),
@@ -396,16 +625,47 @@ class Table:
                         offset=plan.offset,
                         addr=report.addr,
                         state=state,
-                        cause=cause.removesuffix(ASYNC),
+                        cause=cause,
+                        hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=state == "armed" and cause in _MISSED,
+                        may_have_missed=bool(missed) and state == "armed",
                         reason=report.reason,
-                        message=report.message,
+                        message=report.message
+                        or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
                     )
                     consumer.changed.add(key)
                     changed = True
+                    consumer.coverage.end(key, since)
+                    if state == "armed":
+                        consumer.coverage.begin(key, target)
         if changed:
             self._on_change()
+
+    def missed(self, pid: int, file: FileKey, cause: str) -> None:
+        now = time.time_ns()
+        cause, _, hook = cause.partition(":")
+        facts = self._proc.facts(pid)
+        parents = self._parents(ProcessId(pid, facts.start_time)) if facts is not None else {}
+        with self._lock:
+            for plan, consumer in self._now.by_file.get(file, ()):
+                if facts is not None and not consumer.selector.matches(facts, parents):
+                    continue
+                target = TargetState(
+                    pid=pid,
+                    start_time=facts.start_time if facts else 0,
+                    comm=facts.comm if facts else "",
+                    site=plan.site,
+                    path=plan.path,
+                    offset=plan.offset,
+                    state="gone",
+                    cause=cause,
+                    hook=_LATE_HOOKS.get(hook, hook),
+                    since_ns=now,
+                    may_have_missed=True,
+                    message=_MISSED[hook],
+                )
+                consumer.coverage.begin((pid, target.start_time, plan.site, 0), target)
+        self._on_change()
 
     def is_wanted(self, plan: SitePlan) -> bool:
         now = self._now
@@ -425,14 +685,33 @@ class Table:
         self.on_exit(identity, status)
 
     def _gone(self, identity: tuple[int, int]) -> None:
+        self.meters.end(ProcessId(*identity))
+        now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._consumers.values():
                 for key, state in consumer.targets.items():
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
+                        consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
+                        consumer.coverage.end(key, now)
         self._on_change()
+
+
+def _tell_outages(consumer: Consumer, key: tuple[int, int, int, int], target: TargetState, now_ns: int) -> None:
+    target.covered = round(consumer.outages.covered(key, now_ns), 3)
+    target.uncovered_ms = consumer.outages.uncovered_ns(key, now_ns) // 1_000_000
+    consumer.changed.add(key)
+
+
+def _cause_and_hook(cause: str) -> tuple[str, str]:
+    cause, _, hook = cause.partition(":")
+    return cause, hook or _HOOKS[cause]
+
+
+def _why_missed(missed: str, unheld: str | None) -> str:
+    return f"{missed}; it is not held before, since {unheld}" if missed and unheld else missed
 
 
 def _same_terms(one: Register, other: Register) -> bool:
@@ -459,10 +738,32 @@ def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[Fil
             if other.file != plan.file or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
-            if at is not None and at + plan.slack_len <= other.end:
+            # A file may be mapped twice: a slot is only of use near its site.
+            if at is None or at + plan.slack_len > other.end:
+                continue
+            if not slack_addr or abs(at - addr) < abs(slack_addr - addr):
                 slack_addr = at
-                break
     return SiteRequest(addr, plan, slack_addr=slack_addr, refusal=refusal)
+
+
+def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:
+    """Returns the sites, refused in a process that runs 32-bit code: 64-bit code that it maps is data to it."""
+    if not any(r.addr < 1 << 32 for r in sites) or not process.is_32_bit(pid):
+        return sites
+    return [replace(r, refusal=process.thirty_two_bit(pid)) for r in sites]
+
+
+def _opened(file: FileKey, opener: Callable[[], int]) -> int:
+    """Returns the descriptor that the opener gives, if it is of that very file; else -1."""
+    try:
+        fd = opener()
+    except (TraplineError, OSError):
+        return -1
+    with contextlib.suppress(TraplineError):
+        if file_key_of(fd, str(file)) == file:
+            return fd
+    os.close(fd)
+    return -1
 
 
 def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from trapline.model import Model, Probe, ProbeCreate, Resolution, Target
+from trapline.model import CoverageLog, Model, Probe, ProbeCreate, Resolution, Target
 from trapline_service.api.common import PageSize, PageToken, TheService, page
 from trapline_service.api.errors import responses
 from trapline_service.auth import Caller
@@ -19,6 +19,11 @@ class ProbePage(Model):
 
 class TargetList(Model):
     items: list[Target]
+
+
+class CoverageLogs(Model):
+    items: list[CoverageLog]
+    """One per host that the probe is on; with ``error`` where it could not answer."""
 
 
 @router.post(
@@ -79,3 +84,13 @@ async def delete_probe(_: Caller, service: TheService, probe: str) -> Probe:
 )
 async def list_targets(_: Caller, service: TheService, probe: str) -> TargetList:
     return TargetList(items=service.probes.targets(probe))
+
+
+@router.get(
+    "/probes/{probe}/coverage",
+    operation_id="getCoverage",
+    summary="When a probe was armed in which process, who told of it, and whether calls may have been missed",
+    responses=responses(404),
+)
+async def get_coverage(_: Caller, service: TheService, probe: str) -> CoverageLogs:
+    return CoverageLogs(items=await service.probes.coverage(probe))

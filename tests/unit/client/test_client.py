@@ -138,7 +138,7 @@ def test_lists_are_read_to_their_last_page(api: Api, ask: Ask) -> None:
 
 def test_a_created_probe_is_sent_whole(api: Api, ask: Ask) -> None:
     api.answers = [(201, probe())]
-    assert ask("create_probe", "app:f", name="n", ttl_s=None, max_hits=3, labels={"a": "b"}).name == "f"
+    assert ask("create_probe", "app:f", name="n", ttl_s=None, max_hits=3, overhead=0.5, labels={"a": "b"}).name == "f"
     method, path, _, body = api.asked[0]
     assert (method, path) == ("POST", "/api/v1/probes")
     assert body == {
@@ -146,7 +146,7 @@ def test_a_created_probe_is_sent_whole(api: Api, ask: Ask) -> None:
         "name": "n",
         "ttl_s": None,
         "labels": {"a": "b"},
-        "limits": {"max_hits": 3},
+        "limits": {"max_hits": 3, "overhead": 0.5},
         "allow_offline": False,
     }
 

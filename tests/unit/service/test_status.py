@@ -10,9 +10,10 @@ from tests.unit.service.peers import target
 from trapline.errors import NotFound, Unsupported
 from trapline.model import Counters, Phase, ProbeStatus, TargetState
 from trapline.protocol.messages import Observed
-from trapline_service.status import coverage_of, overhead_of, phase_of, status_of
+from trapline_service.status import conditions_of, coverage_of, overhead_of, phase_of, status_of
 
 ARMED, REFUSED, GONE = TargetState.ARMED, TargetState.REFUSED, TargetState.GONE
+THROTTLED, TRIPPED = TargetState.THROTTLED, TargetState.TRIPPED
 RESOLVING = Observed(probe="p", generation=1)
 NOT_THERE = Observed(probe="p", generation=1, resolved=True, error=NotFound("no app here").to_wire())
 BROKEN = Observed(probe="p", generation=1, resolved=True, error=Unsupported("cannot").to_wire())
@@ -34,6 +35,8 @@ def report(*states: TargetState) -> Observed:
         ("a", [report(ARMED, GONE)], Phase.ARMED),
         ("a", [report(ARMED, REFUSED)], Phase.PARTIAL),
         ("a", [report(REFUSED)], Phase.ERROR),
+        ("a", [report(ARMED, THROTTLED)], Phase.PARTIAL),
+        ("a", [report(TRIPPED)], Phase.PARTIAL),
         ("a", [NOT_THERE], Phase.ERROR),
         ("ab", [report(ARMED)], Phase.ARMED),
         ("ab", [report(ARMED), RESOLVING], Phase.ARMED),
@@ -49,8 +52,27 @@ def test_phase(online: str, reports: list[Observed], phase: Phase) -> None:
 
 
 def test_coverage_counts_what_could_be_armed() -> None:
-    coverage = coverage_of(["a"], {"a": report(ARMED, ARMED, REFUSED, GONE), "offline": report(ARMED)})
-    assert (coverage.eligible, coverage.armed) == (3, 2)
+    states = (ARMED, ARMED, REFUSED, GONE, THROTTLED, TRIPPED)
+    coverage = coverage_of(["a"], {"a": report(*states), "offline": report(ARMED)})
+    assert (coverage.eligible, coverage.armed) == (5, 3)
+
+
+def test_what_is_over_its_budget_is_not_exact_and_says_why() -> None:
+    over = [
+        target(state=state, reason="OverBudget", message=f"too much for {state}").model_copy(
+            update={"covered": covered}
+        )
+        for state, covered in ((THROTTLED, 0.3), (TRIPPED, 0.0), (ARMED, 1.0))
+    ]
+    now = datetime(2026, 11, 1, tzinfo=UTC)
+    observed = {"a": Observed(probe="p", generation=1, resolved=True, targets=over)}
+    (condition,) = conditions_of(["a"], ["a"], observed, now)
+    assert (condition.type, condition.status, condition.reason, condition.host) == ("Exact", "False", "OverBudget", "a")
+    assert condition.message == (
+        "1 target throttled and 1 target tripped: too much for tripped; calls are seen for 15% of the time"
+    )
+    observed["a"].targets = [over[2]]
+    assert conditions_of(["a"], ["a"], observed, now) == []
 
 
 def test_overhead_is_weighted_by_hits_and_never_nan() -> None:

@@ -17,6 +17,7 @@ from trapline_agent.engines.fake import FakeEngine, World
 from trapline_agent.engines.fake.world import BREAKPOINT, PAGE, SimulatedProcess
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.plans import SitePlan
+from trapline_agent.targets.files import file_key_of
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.looks import Looks
 from trapline_agent.tracer.loop import Tracer
@@ -247,8 +248,8 @@ def test_r9_the_inode_is_held_while_a_probe_is_on_it(tmp_path: Path) -> None:
     path.write_bytes(b"x")
     inode = path.stat().st_ino
     table = Table()
-    world = World()
-    key = world.file("x").key
+    with path.open("rb") as file:
+        key = file_key_of(file.fileno(), str(path))
     consumer = table.publish(register("p", [SitePlan(0, key, str(path), 16, b"\x55")]), HitRing)
     path.unlink()
     (fd,) = consumer.held.values()

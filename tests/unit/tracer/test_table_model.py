@@ -47,15 +47,20 @@ class Wish:
 
 @dataclass
 class Model:
+    world: World
     wishes: dict[str, Wish] = field(default_factory=dict)
-    parents: dict[int, int] = field(default_factory=dict)
+    chains: dict[int, list[int]] = field(default_factory=dict)
+    """Ancestors of those whose fork was seen. Of others, a parent that ended is forgotten by /proc."""
+
+    def chain(self, pid: int) -> list[int]:
+        """Returns a process' ancestors, itself first."""
+        if pid in self.chains:
+            return self.chains[pid]
+        process = self.world.processes.get(pid)
+        return [pid] if process is None else [pid, *self.chain(process.ppid)]
 
     def means(self, wish: Wish, process: SimulatedProcess) -> bool:
-        pid: int | None = process.pid
-        chain = []
-        while pid is not None:
-            chain.append(str(pid))
-            pid = self.parents.get(pid)
+        chain = [str(pid) for pid in self.chain(process.pid)]
         tests = {"pid": chain[:1], "tree": chain, "comm": [process.comm]}
         return all(value in tests[key] for key, value in wish.where.items())
 
@@ -87,11 +92,9 @@ class TableMachine(RuleBasedStateMachine):
         self.table = Table(proc=self.world)
         self.engine = FakeEngine(self.table, self.world)
         self.looks = Looks(self.engine, workers=3)
-        self.model = Model()
+        self.model = Model(self.world)
         self.late: set[int] = set()
         """Processes that changed without telling anybody: the next look finds it (semantics P4)."""
-        self.unseen: set[int] = set()
-        """Processes whose fork nobody saw: who their parents were is not known when those have ended."""
         self.ended: list[tuple[HitRing, int]] = []
         self.names = iter(range(1_000_000))
 
@@ -117,10 +120,10 @@ class TableMachine(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.world.processes) < 6)
     def fork(self, data: st.DataObject) -> None:
         parent = self.some(data)
+        seen = self.followed(parent)
         child = self.world.fork(parent)
-        self.model.parents[child.pid] = parent.pid
-        if not self.followed(parent):
-            self.unseen.add(child.pid)
+        if seen:
+            self.model.chains[child.pid] = [child.pid, *self.model.chain(parent.pid)]
         if parent.pid in self.late or not self.followed(parent):
             self.late.add(child.pid)
 
@@ -157,10 +160,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.world.processes)
     def end(self, data: st.DataObject) -> None:
-        process = self.some(data)
-        self.world.end(process)
-        for pid in [p for p in self.unseen if self.model.parents.get(p) == process.pid]:
-            del self.model.parents[pid]  # as far as anybody can know
+        self.world.end(self.some(data))
 
     # --- probes ------------------------------------------------------------------------------------------------------
 

@@ -190,6 +190,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/probes/{probe}/coverage": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** When a probe was armed in which process, who told of it, and whether calls may have been missed */
+        get: operations["getCoverage"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/probes/{probe}/hits": {
         parameters: {
             query?: never;
@@ -441,6 +458,12 @@ export interface components {
              */
             limited: number;
             /**
+             * Uncovered Ms
+             * @description Milliseconds in which targets were throttled or tripped and not armed, summed over them.
+             * @default 0
+             */
+            uncovered_ms: number;
+            /**
              * Dropped
              * @description hits = delivered + dropped, always (semantics H1).
              * @default 0
@@ -459,6 +482,105 @@ export interface components {
              * @default 0
              */
             armed: number;
+        };
+        /**
+         * CoverageEntry
+         * @description A stretch of time in which a target was armed; or a moment (``addr`` 0) at which it should have been and was not.
+         */
+        CoverageEntry: {
+            /**
+             * Host
+             * @default
+             */
+            host: string;
+            /** Pid */
+            pid: number;
+            /**
+             * Start Time
+             * @description Clock ticks after boot, proc_pid_stat(5) field 22.
+             * @default 0
+             */
+            start_time: number;
+            /**
+             * Comm
+             * @default
+             */
+            comm: string;
+            /**
+             * Module
+             * @default
+             */
+            module: string;
+            /**
+             * Symbol
+             * @default
+             */
+            symbol: string;
+            /**
+             * Addr
+             * @default 0
+             */
+            addr: number;
+            /** @default scan */
+            cause: components["schemas"]["Cause"];
+            /**
+             * Hook
+             * @description Who told of the mapping; the host's facts list the hooks.
+             * @default
+             */
+            hook: string;
+            /**
+             * Armed At
+             * Format: date-time
+             */
+            armed_at: string;
+            /**
+             * Disarmed At
+             * @description None: it is armed still.
+             */
+            disarmed_at: string | null;
+            /**
+             * May Have Missed
+             * @description True: calls may have run before ``armed_at``, for the reason in ``message``.
+             * @default false
+             */
+            may_have_missed: boolean;
+            /**
+             * Message
+             * @default
+             */
+            message: string;
+        };
+        /**
+         * CoverageLog
+         * @description A probe's coverage on one host, oldest first: what its counts can be relied on for.
+         */
+        CoverageLog: {
+            /** Host */
+            host: string;
+            /** Entries */
+            entries: components["schemas"]["CoverageEntry"][];
+            /**
+             * Forgotten
+             * @description Entries that are no longer kept; they were older.
+             * @default 0
+             */
+            forgotten: number;
+            /**
+             * Error
+             * @description An error's wire form where the host could not be asked.
+             */
+            error: {
+                [key: string]: unknown;
+            } | null;
+        };
+        /** CoverageLogs */
+        CoverageLogs: {
+            /**
+             * Items
+             * @description One per host that the probe is on; with ``error`` where it could not answer.
+             */
+            items: components["schemas"]["CoverageLog"][];
         };
         /** Desired */
         Desired: {
@@ -1002,6 +1124,13 @@ export interface components {
              * @description After so many hits the probe is completed and taken out.
              */
             max_hits?: number | null;
+            /**
+             * Overhead
+             * @description Share of one CPU's time that it may add to the time of the programs on a host: 0.05 is 5 %. Beyond it the probe is
+             *     throttled, then taken out for a while. None: what the host's agent has set, 0.1 by default; ``off``: no such budget.
+             *     The agent's budgets for a process and for the host hold in any case.
+             */
+            overhead?: number | "off" | null;
         };
         /** ProbeLimits */
         "ProbeLimits-Output": {
@@ -1010,6 +1139,13 @@ export interface components {
              * @description After so many hits the probe is completed and taken out.
              */
             max_hits: number | null;
+            /**
+             * Overhead
+             * @description Share of one CPU's time that it may add to the time of the programs on a host: 0.05 is 5 %. Beyond it the probe is
+             *     throttled, then taken out for a while. None: what the host's agent has set, 0.1 by default; ``off``: no such budget.
+             *     The agent's budgets for a process and for the host hold in any case.
+             */
+            overhead: number | "off" | null;
         };
         /** ProbePage */
         ProbePage: {
@@ -1214,7 +1350,8 @@ export interface components {
          * Request
          * @description A question to the host. ``resolve`` takes ``{"spec": ProbeSpec}`` and gives a ``HostResolution``; ``symbols`` takes
          *     ``{"module": str, "q": str, "limit": int}`` (module may be empty: all that are mapped) and gives a ``SymbolPage``;
-         *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``.
+         *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``; ``coverage`` takes
+         *     ``{"probe": str}`` and gives a ``CoverageLog``.
          */
         Request: {
             /**
@@ -1228,7 +1365,7 @@ export interface components {
              * Method
              * @enum {string}
              */
-            method: "resolve" | "symbols" | "modules";
+            method: "resolve" | "symbols" | "modules" | "coverage";
             /** Params */
             params: {
                 [key: string]: unknown;
@@ -1509,6 +1646,12 @@ export interface components {
             engine: string;
             /** @default scan */
             cause: components["schemas"]["Cause"];
+            /**
+             * Hook
+             * @description Who told of the mapping; the host's facts list the hooks.
+             * @default
+             */
+            hook: string;
             /** Since */
             since: string | null;
             /**
@@ -1527,6 +1670,18 @@ export interface components {
              * @default
              */
             message: string;
+            /**
+             * Covered
+             * @description Share of the time since ``since`` in which it was armed; below 1 where it is throttled or tripped.
+             * @default 1
+             */
+            covered: number;
+            /**
+             * Uncovered Ms
+             * @description Milliseconds in which it was not armed, since it was over its budget: what happened then nobody counted.
+             * @default 0
+             */
+            uncovered_ms: number;
         };
         /** TargetList */
         TargetList: {
@@ -1537,7 +1692,7 @@ export interface components {
          * TargetState
          * @enum {string}
          */
-        TargetState: "armed" | "refused" | "gone";
+        TargetState: "armed" | "throttled" | "tripped" | "refused" | "gone";
         /** Unsubscribe */
         Unsubscribe: {
             /**
@@ -2306,6 +2461,55 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["TargetList"];
+                };
+            };
+            /** @description Unauthorized */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Not Found */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Unprocessable Entity */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    getCoverage: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                probe: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["CoverageLogs"];
                 };
             };
             /** @description Unauthorized */

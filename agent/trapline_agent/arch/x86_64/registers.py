@@ -23,6 +23,7 @@ R14: Final = INDEX["r14"]
 RDI: Final = INDEX["rdi"]
 FS_BASE: Final = INDEX["fs_base"]
 EFLAGS: Final = INDEX["eflags"]
+RAX: Final = INDEX["rax"]
 ORIG_RAX: Final = INDEX["orig_rax"]
 USER_CS_64: Final = 0x33
 """Code segment of 64-bit user code on Linux (arch/x86/include/asm/segment.h, __USER_CS)."""

@@ -22,11 +22,16 @@ class Attaching:
         self._paused = 0
 
     @contextlib.contextmanager
-    def alone(self, pid: int) -> Iterator[None]:
-        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory."""
+    def alone(self, pid: int, timeout: float | None = None) -> Iterator[None]:
+        """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory. Raises
+        TimeoutError where that is not so within ``timeout`` s."""
+
+        def free() -> bool:
+            return not self._paused and not any(o == pid or _share_memory(o, pid) for o in self._busy)
+
         with self._changed:
-            while self._paused or any(other == pid or _share_memory(other, pid) for other in self._busy):
-                self._changed.wait()
+            if not self._changed.wait_for(free, timeout):
+                raise TimeoutError(f"process {pid} is being attached to")
             self._busy.add(pid)
         try:
             yield

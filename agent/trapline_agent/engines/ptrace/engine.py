@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
-from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.ptrace.attaching import Attaching
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
@@ -78,14 +78,16 @@ class PtraceEngine:
                     self._unmap(process.pid, thread)
                     continue
                 wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
-                if not wanted.sites and not wanted.keep:
+                if not wanted.keep and all(r.refusal for r in wanted.sites if not r.is_hook):
+                    # Also where nothing is wanted at all. What will be refused needs no attaching.
+                    self._refuse_each(process, wanted, cause)
                     return
                 with self.attaching.alone(process.pid):
                     with self._lock:
                         meanwhile = process.pid in self._threads
                     if not meanwhile:
                         # Asked once more: all may have been taken out while this waited.
-                        wanted = self.observer.wanted(process, cause)
+                        wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
                         if wanted.sites or wanted.keep:
                             self._attach(process, cause, wanted)
                         return
@@ -101,6 +103,32 @@ class PtraceEngine:
                 log.exception("process %d cannot be brought to what is wanted; it is tried again", process.pid)
                 self.again(process.pid)
                 return
+
+    def await_mapper(self, mapper: Mapper) -> bool:
+        """Has a process followed one of whose threads waits as it maps a file, and armed when that goes on, before it runs.
+
+        Returns at once, with the thread waiting still; or False: there is no need, the process' loader tells of it in time.
+        Raises PermissionError, ProcessLookupError, TimeoutError (it may have gone on meanwhile).
+        """
+        pid = mapper.pid
+        while True:
+            with self._lock:
+                thread, process = self._threads.get(pid), self._processes.get(pid)
+            if process is not None and process.hooked and mapper.event == "mmap":
+                return False
+            try:
+                if thread is not None:
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+                with self.attaching.alone(pid, max(0.0, mapper.deadline - time.monotonic())):
+                    if pid in self._threads:
+                        continue
+                    thread = self._start()
+                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    return True
+            except Ended:
+                if thread is not None:
+                    self._unmap(pid, thread)
 
     def _unmap(self, pid: int, thread: TraceThread) -> None:
         with self._lock:
@@ -121,9 +149,10 @@ class PtraceEngine:
                 if sharer is not None:
                     sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
                     return
-        thread = self._start()
         try:
-            thread.call(lambda: thread.attach(process.pid, cause))
+            if not self._attach_beside_parent(process, cause):
+                thread = self._start()
+                thread.call(lambda: thread.attach(process.pid, cause))
         except PermissionError as e:
             reason, message = _why_not(process.pid, e, thread.native_id or 0)
             if reason:
@@ -132,6 +161,20 @@ class PtraceEngine:
             raise
         except OSError as e:
             self._refuse(process, wanted, cause, "AttachFailed", str(e))
+
+    def _attach_beside_parent(self, process: ProcessId, cause: str) -> bool:
+        """Attaches to a child of a followed process on the thread that follows that: it may have been made with
+        CLONE_UNTRACED, and then has its parent's breakpoints. Returns whether there was such a thread."""
+        parent = int(procfs.stat_fields(process.pid)[1])
+        with self._lock:
+            thread = self._threads.get(parent)
+        if thread is None:
+            return False
+        try:
+            thread.call(lambda: thread.attach(process.pid, cause, parent=parent))
+        except Ended:
+            return False
+        return True
 
     def _start(self) -> TraceThread:
         """Starts a tracer thread, when those that are ending have let all their tracees go: one of them half let go would
@@ -151,6 +194,14 @@ class PtraceEngine:
     def _refuse(self, process: ProcessId, wanted: Wanted, cause: str, reason: str, message: str) -> None:
         reports = [SiteReport(r.addr, r.plan, "refused", reason, message) for r in wanted.sites if not r.is_hook]
         self.observer.report(process, reports, cause)
+
+    def _refuse_each(self, process: ProcessId, wanted: Wanted, cause: str) -> None:
+        """Reports the refusals that the observer knows of already."""
+        reports = [
+            SiteReport(r.addr, r.plan, "refused", *r.refusal) for r in wanted.sites if r.refusal and not r.is_hook
+        ]
+        if reports:
+            self.observer.report(process, reports, cause)
 
     def processes(self) -> list[ProcessId]:
         with self._lock:
@@ -328,6 +379,8 @@ def _restriction() -> str:
         scope = procfs.read("/proc/sys/kernel/yama/ptrace_scope").strip()
     except OSError:
         scope = b"0"
+    which = "not root: only processes of the same user"
     if scope != b"0":
-        return "not root, and Yama restricts tracing: only commands that it starts itself"
-    return "not root: only processes of the same user"
+        which = "not root, and Yama restricts tracing: only commands that it starts itself"
+    # Kernel: security/commoncap.c, cap_bprm_creds_from_file. It cannot be prevented: the exec stop comes afterwards.
+    return f"{which}; setuid programs that these execute get no privileges meanwhile"

@@ -38,6 +38,7 @@ class Group:
         reaper: Reaper,
         serve: Callable[[int, int], None],
         adopted: Callable[[TracedProcess], None],
+        hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -45,11 +46,13 @@ class Group:
             reaper: of the engine.
             serve: handles (tid, wait status) of a stop that comes while settling.
             adopted: told of each process that joined.
+            hurried: whether there is something to do that must not wait until a process has settled that is to be let go.
         """
         self._waiter = waiter
         self._reaper = reaper
         self._serve = serve
         self._adopted = adopted
+        self._hurried = hurried
         self.processes: dict[int, TracedProcess] = {}
         self.threads: dict[int, Thread] = {}
         """By tid, of all processes."""
@@ -174,7 +177,7 @@ class Group:
             while (change := self._waiter.wait(block=False))[0] > 0:
                 self._serve(*change)
             now = time.monotonic()
-            if now > deadline:
+            if now > deadline or (not again and self._hurried()):
                 return False
             patient = now - started < _PATIENCE_S
             os.sched_yield() if patient else time.sleep(0.0002)

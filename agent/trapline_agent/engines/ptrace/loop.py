@@ -24,15 +24,16 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
 from trapline_agent.engines.frames import DISARMED, ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
-from trapline_agent.engines.ptrace.memory import AddressSpace
+from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
-from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
+from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
+from trapline_agent.kernel.procfs import Whereabouts
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,7 @@ _STANDING = frozenset(("fork", "exec"))
 """Causes for which the process, of one thread, is stopped while it is looked at: its mappings stay as they are."""
 _TRIES = 3
 """How often something is tried that fails for want of memory, descriptors and the like."""
+_MAX_FOREIGN = 1024
 
 
 class Ended(Exception):
@@ -117,7 +119,13 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
-        self._group = Group(self._waiter, reaper, self._handle, lambda process: engine.adopted(process, self))
+        self._group = Group(
+            self._waiter,
+            reaper,
+            self._handle,
+            lambda process: engine.adopted(process, self),
+            hurried=lambda: bool(self._commands),
+        )
         self._returns = Returns(observer, self._group.soil)
         self._fork_calls: dict[int, Frames] = {}
         """Calls that were in flight in a parent when it forked, by the id of the child."""
@@ -251,6 +259,7 @@ class TraceThread(threading.Thread):
                 process.memory.disarm(site)
                 process.dirty = True
             process.held = False
+            process.awaited.clear()
             process.lingering = True
 
     def _handle(self, tid: int, status: int) -> None:
@@ -329,6 +338,7 @@ class TraceThread(threading.Thread):
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
         self._stepper.leave_trap(thread, site)
         call = None
+        site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
@@ -366,25 +376,25 @@ class TraceThread(threading.Thread):
         thread.settled = True
         former = memory.former.get(addr) if code == ptrace.SI_KERNEL else None
         if (former is not None and memory.restored(former)) or (
-            code == ptrace.SI_KERNEL and self._follow_move(thread.process, addr)
+            code == ptrace.SI_KERNEL and self._came_along(thread.process, addr)
         ):
             ptrace.poke_user(thread.tid, 8 * RIP, addr)
             self._resume(thread)
             return
         self._deliver(thread, signal.SIGTRAP)
 
-    def _follow_move(self, process: TracedProcess, addr: int) -> bool:
-        """Whether a breakpoint of ours came to an address with its code (mremap), of which nobody told. It is armed there
-        then, and nowhere else."""
-        moved = [s for s in process.memory.sites.values() if process.memory.has(addr, s.armed)]
-        if not moved:
+    def _came_along(self, process: TracedProcess, addr: int) -> bool:
+        """Whether an unknown breakpoint is one of ours that moved with its code (mremap, which nobody tells of)."""
+        memory = process.memory
+        if addr in memory.foreign or not memory.has_breakpoint(addr):
             return False
-        now = procfs.tried(lambda: self._observer.wanted(process.id, "mmap"))
-        site = next((s for s in moved if now.still_mapped(addr, s.plan)), None)
-        if site is None or not process.memory.put(addr, site.original):
-            return False
-        self._reconcile(process, "mmap")
-        return True
+        self._reconcile(next(iter(self._group.sharers(memory)), process), "reconcile")
+        if addr in memory.sites or addr in memory.former:
+            return True
+        if len(memory.foreign) >= _MAX_FOREIGN:
+            memory.foreign.clear()
+        memory.foreign.add(addr)
+        return False
 
     def _follow_cpu(self, thread: Thread) -> None:
         """Moves to the CPU of the thread that is served: a wake-up across CPUs costs several times the rest of a hit."""
@@ -408,17 +418,23 @@ class TraceThread(threading.Thread):
             self._newborn(tid, status)
         elif event == 0:
             thread.settled = True
+            self._begin_again(thread, stop)
             self._deliver(thread, stop)
         elif event == ptrace.PTRACE_EVENT_STOP:
-            thread.settled = True
             thread.interrupted = False
-            if stop in _GROUP_STOPS:
-                if thread.process.released:
-                    self._detach(thread, 0)
-                else:
-                    ptrace.listen(tid)
+            if self._stepper.owes_trap(thread):
+                # That first: nobody would take it from a thread that is let go. It runs nothing until then.
+                thread.stop_again = stop in _GROUP_STOPS
+                ptrace.cont(tid)
+                return
+            thread.settled = True
+            if tid in thread.process.awaited and not thread.held:
+                # Not from in here: settling serves stops itself.
+                thread.held = True
+                with self._lock:
+                    self._commands.append(_Command(lambda: self._arm_mapper(thread, stop)))
             else:
-                self._deliver(thread, 0)
+                self._leave_stop(thread, stop)
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
@@ -426,6 +442,19 @@ class TraceThread(threading.Thread):
                     self._fork_parents[child] = thread.process
                     self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
+
+    def _leave_stop(self, thread: Thread, stop: int) -> None:
+        """Ends a PTRACE_EVENT_STOP: a group stop goes on as the program's own."""
+        if stop not in _GROUP_STOPS:
+            self._begin_again(thread, 0)
+            self._deliver(thread, 0)
+            return
+        # It may be let go in this stop, and the slots with it.
+        thread.settled = self._stepper.step_aside(thread)
+        if thread.process.released:
+            self._detach(thread, 0)
+        else:
+            ptrace.listen(thread.tid)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
@@ -518,6 +547,7 @@ class TraceThread(threading.Thread):
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
         fresh = AddressSpace(tid)
+        awaited = process.awaited.pop(tid, None)
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
@@ -532,7 +562,7 @@ class TraceThread(threading.Thread):
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
-        self._reconcile(process, "exec")
+        self._reconcile(process, "exec" if awaited is None else awaited.mapper.cause())
         if process.held:
             thread.held = True
             self._engine.held(process.id.pid)
@@ -556,8 +586,11 @@ class TraceThread(threading.Thread):
     def _resume(self, thread: Thread, sig: int = 0) -> None:
         if thread.process.released:
             self._detach(thread, sig)
-        else:
-            ptrace.cont(thread.tid, sig)
+            return
+        if thread.stop_again:
+            thread.stop_again = False
+            ptrace.interrupt(thread.tid)
+        ptrace.cont(thread.tid, sig)
 
     def _detach(self, thread: Thread, sig: int) -> None:
         ptrace.detach(thread.tid, sig)
@@ -565,6 +598,10 @@ class TraceThread(threading.Thread):
         self._group.drop(process, thread.tid)
         if not process.threads:
             self._forget(process, None)
+
+    def _begin_again(self, thread: Thread, sig: int) -> None:
+        with contextlib.suppress(OSError, KeyError):  # what cannot be looked at is left as the kernel has it
+            self._stepper.begin_again(thread, sig)
 
     def _deliver(self, thread: Thread, sig: int) -> None:
         """Lets a stopped thread go on with a signal, or with none (0); a handler never sees an address inside a slot."""
@@ -576,8 +613,14 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False) -> None:
+    def attach(self, pid: int, cause: str, *, held: bool = False, parent: int = 0) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
+
+        Args:
+            pid: the process.
+            cause: for the report.
+            held: it is a command of ours that has not begun.
+            parent: its parent, where that is followed here: what it has of its parent's breakpoints is ours.
 
         Raises:
             PermissionError: the kernel says no.
@@ -599,6 +642,9 @@ class TraceThread(threading.Thread):
         try:
             if not held:
                 self._group.settle_all(process)
+            if parent in self._group.processes and not process.memory.sites:
+                process.memory.inherit(self._group.processes[parent].memory)
+                cause = "fork" if process.memory.sites else cause
             self._reconcile(process, cause)
         except BaseException:
             process.lingering = True
@@ -610,6 +656,8 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is None:
             return False
+        if process.awaited and cause.startswith("mmap"):
+            return True  # the mapper stops before it runs what it maps, and it is looked at then
         if process.released:
             # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
             seized = False
@@ -626,6 +674,67 @@ class TraceThread(threading.Thread):
                 raise
         self._reconcile(process, cause)
         return True
+
+    def await_mapper(self, mapper: Mapper) -> None:
+        """Follows a process one of whose threads waits as it maps a file, so that it stops before it goes on in the program:
+        at the end of its execve, or of the system call that maps. There it is armed. On this thread; returns at once.
+
+        Raises:
+            PermissionError: the kernel says no.
+            ProcessLookupError: it is gone.
+            TimeoutError: the thread may have gone on meanwhile.
+        """
+        pid = mapper.pid
+        process = self._group.processes.get(pid) or TracedProcess.open(pid)
+        fresh = pid not in self._group.processes
+        try:
+            seized = self._group.seize(process)
+            for sharer in self._group.sharers(process.memory):
+                sharer.released = False
+                seized |= self._group.seize(sharer)
+        except OSError:
+            if fresh:
+                self._group.abandon(process)
+                process.memory.close()
+            raise
+        if fresh:
+            self._group.processes[pid] = process
+            self._engine.adopted(process, self)
+        if mapper.tid not in process.threads:
+            raise ProcessLookupError(f"thread {mapper.tid} is gone")
+        # A thread in mmap is stopped on its way out, and its mmap is done then: it waits where only a kill ends the wait
+        # (fs/notify/fanotify/fanotify.c, fanotify_get_response). One in execve stops at its end, since it is followed.
+        if mapper.event == "mmap":
+            if time.monotonic() > mapper.deadline:
+                process.lingering = not process.memory.sites
+                raise TimeoutError(f"thread {mapper.tid} may have mapped the file already")
+            ptrace.interrupt(mapper.tid)
+        elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
+            process.lingering = not process.memory.sites
+            raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
+        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.lingering = False
+
+    def _arm_mapper(self, thread: Thread, stop: int) -> None:
+        """Arms what is wanted in a process one of whose threads has mapped something, and is stopped."""
+        process = thread.process
+        awaited = process.awaited.get(thread.tid)
+        try:
+            if awaited is not None:
+                if awaited.settle:
+                    self._group.settle_all(process)
+                process.awaited.pop(thread.tid, None)
+                self._reconcile(process, awaited.mapper.cause())
+        except TimeoutError as e:
+            log.warning("process %d maps a probed file and is not armed in time: %s", process.id.pid, e)
+            if (given_up := process.awaited.pop(thread.tid, None)) is not None:
+                mapper = given_up.mapper
+                self._observer.missed(mapper.pid, mapper.file, f"{mapper.event}:unsettled")
+            self._engine.again(process.id.pid)
+        finally:
+            thread.held = False
+            if thread.tid in self._group.threads:
+                self._leave_stop(thread, stop)
 
     def _reconcile(self, process: TracedProcess, cause: str, parent: ProcessId | None = None) -> None:
         memory = process.memory
@@ -647,43 +756,45 @@ class TraceThread(threading.Thread):
                 if not site.awaiting and not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     self._group.soil(memory)
-            process.lingering = not memory.sites and not process.held
+            process.lingering = not memory.sites and not process.held and not process.awaited
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
         returning = [sink for r in wanted.sites for sink in r.returns]
         self._returns.retain(memory, returning, [r.addr for r in wanted.sites if r.returns])
+
+        def moved(site: Site) -> bool:
+            return not wanted.still_mapped(site.addr, site.plan)
+
         for site in list(memory.sites.values()):
             request = desired.get(site.addr)
-            if (
-                request is not None
-                and request.plan.file == site.plan.file
-                and request.plan.offset == site.plan.offset
-                # Not where the file was unmapped and mapped again at the same address, of which nobody told.
-                and memory.has_breakpoint(site.addr)
-            ):
+            same = (
+                request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset
+            )
+            # What a child has of its parent's was looked at just now.
+            if same and request is not None and (cause == "fork" or memory.stands(site)):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
                 joined = (site.sinks, site.returns) != (request.sinks, request.returns)
                 site.sinks, site.returns = request.sinks, request.returns
                 site.is_hook, site.unwinds = request.is_hook, request.unwinds
+                site.tally = request.tally
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
                 continue
-            if (
-                request is None
-                and site.awaiting
-                and wanted.still_mapped(site.addr, site.plan)
-                and memory.has_breakpoint(site.addr)
-            ):
+            if request is None and site.awaiting and not moved(site) and (cause == "fork" or memory.stands(site)):
+                # A return point, which no probe has asked for by its address.
                 if site.sinks or site.returns:
                     reports.append(SiteReport(site.addr, site.plan, "gone"))
                 site.sinks, site.returns, site.is_hook, site.unwinds = (), (), False, False
                 continue
             self._group.soil(memory)
-            if not memory.disarm(site, mapped=wanted.still_mapped(site.addr, site.plan)):
+            if not memory.disarm(site, mapped=not moved(site)):
                 log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
                 self._engine.again(process.id.pid)
                 continue
+            for addr in wanted.places(site.plan) if moved(site) else ():
+                if addr not in memory.sites:
+                    memory.take_back(site.plan, addr, moved)
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
@@ -692,6 +803,8 @@ class TraceThread(threading.Thread):
             try:
                 if objection is not None:
                     raise objection
+                if memory.has_breakpoint(request.addr):
+                    memory.take_back(request.plan, request.addr, moved)
                 memory.arm(request)
                 self._group.soil(memory)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
@@ -703,7 +816,7 @@ class TraceThread(threading.Thread):
             memory.written.clear()
         elif memory.written:
             reports += self._look_again(process, cause)
-        process.lingering = not memory.sites and not wanted.keep and not process.held
+        process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
@@ -768,8 +881,8 @@ class TraceThread(threading.Thread):
                 memory.wipe_slots()
                 for p in now:
                     p.lingering = p.released = True
-            elif not settled:
-                process.retry_at = time.monotonic() + SETTLE_S
+            elif not settled and not self._commands:
+                process.retry_at = time.monotonic() + SETTLE_S  # not where it only gave way to a command
         with self._lock:
             self._closing = all(p.released and not p.memory.sites for p in self._group.processes.values())
 

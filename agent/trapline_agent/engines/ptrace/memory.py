@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
-from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest
+from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest, Tally
 from trapline_agent.engines.frames import Frames
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
@@ -61,6 +61,7 @@ class Site:
     """Address of its displaced copy; 0 without one."""
     next_ip: Callable[[Registers], int] | None = None
     """For emulated instructions."""
+    tally: Tally = field(default_factory=Tally)
     returns: tuple[ReturnSink, ...] = ()
     unwinds: bool = False
     awaiting: set[int] = field(default_factory=set)
@@ -90,6 +91,8 @@ class AddressSpace:
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.foreign: set[int] = set()
+        """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
         self.calls = Calls()
 
     def reopen(self, pid: int) -> None:
@@ -135,7 +138,7 @@ class AddressSpace:
                 reason="TextDiffers",
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
-        site = Site(addr, plan, step, request.sinks, request.is_hook, returns=request.returns)
+        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally, returns=request.returns)
         site.unwinds = request.unwinds
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
@@ -173,7 +176,7 @@ class AddressSpace:
                 site.awaiting.clear()
                 return False
             self.written.append((site.addr, site.original, site))
-        elif site.slot and not self._keeps_slot(site.slot):
+        if site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
         self.former[site.addr] = site
@@ -214,6 +217,26 @@ class AddressSpace:
         """Whether an int3 is in memory at an address now; False where nothing is mapped."""
         return self.has(addr, BREAKPOINT)
 
+    def stands(self, site: Site) -> bool:
+        """Whether a site is as it was armed: mapped anew, its file is there again without our bytes."""
+        return self.has_breakpoint(site.addr) and (not site.slot or self._keeps_slot(site.slot))
+
+    def take_back(self, plan: SitePlan, addr: int, moved: Callable[[Site], bool]) -> bool:
+        """Takes out a breakpoint of ours that came to an address with the memory it was written to (mremap).
+
+        Args:
+            plan: of the instruction that is mapped there.
+            addr: where it is now; no site of ours.
+            moved: whether a site's own address has the instruction no more.
+        """
+        for site in (*self.sites.values(), *self.former.values()):
+            same = site.plan.file == plan.file and site.plan.offset == plan.offset and site.addr != addr
+            if same and self.has(addr, site.armed) and moved(site) and self.put(addr, site.original):
+                # A thread may have hit it there already.
+                self.former[addr] = Site(addr, site.plan, site.step, (), site.is_hook)
+                return True
+        return False
+
     def restored(self, site: Site) -> bool:
         """Whether a former site's place holds no breakpoint of ours; puts one right that came back with moved text."""
         if not self.has_breakpoint(site.addr):
@@ -240,10 +263,9 @@ class AddressSpace:
         The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
         """
         for site in (*parent.former.values(), *parent.sites.values()):
-            if self.has_breakpoint(site.addr):
-                copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
-                copy.awaiting = set(site.awaiting)
-                self.sites[site.addr] = copy
+            copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
+            copy.awaiting = set(site.awaiting)
+            (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
@@ -268,7 +290,7 @@ class AddressSpace:
 
     def _place(self, site: Site, slack_addr: int) -> int:
         """Writes the displaced copy into the module's unused bytes; returns its address, 0 where there is no room."""
-        for addr, (owner, _) in self.slots.items():
+        for addr, (owner, _) in list(self.slots.items()):
             if owner.addr == site.addr and owner.plan == site.plan:
                 if self._keeps_slot(addr):
                     return addr

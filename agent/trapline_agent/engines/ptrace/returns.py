@@ -107,7 +107,7 @@ class Returns:
             if (known := memory.calls.refused.get(back)) is not None:
                 return known
             try:
-                point = self._arm(process, back)
+                point = self._arm(process, site, back)
             except TraplineError as e:
                 return memory.calls.refuse(back, e.reason or e.code)
             except OSError:
@@ -115,14 +115,16 @@ class Returns:
             if point is None:
                 return "Unmapped"
         point.awaiting.add(site.addr)
+        if not point.sinks and not point.returns:
+            point.tally = site.tally  # what it costs, it costs for the sake of that one
         return ""
 
-    def _arm(self, process: TracedProcess, back: int) -> Site | None:
+    def _arm(self, process: TracedProcess, site: Site, back: int) -> Site | None:
         memory = process.memory
         request = self._observer.place(process.id, back)
         former, memory.written = memory.written, []
         try:
-            point = memory.arm(replace(request, sinks=(), returns=()))
+            point = memory.arm(replace(request, sinks=(), returns=(), tally=site.tally))
             self._soil(memory)
             # munmap and mremap tell nobody: it is looked at again after the write (semantics R18).
             there = False

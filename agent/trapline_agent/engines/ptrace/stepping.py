@@ -6,10 +6,11 @@ All methods run on the tracer thread; they may overwrite its register buffer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 
-from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RIP, RSP
+from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RAX, RIP, RSP
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.tracee import Thread
 from trapline_agent.kernel import procfs, ptrace
@@ -19,6 +20,13 @@ _FAULTS = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL
 # A fault that is blocked kills, whatever its handler (kernel/signal.c, force_sig_info_to_task): those are left open.
 _HELD_BACK = (2**64 - 1) & ~TRAP_BIT & ~sum(1 << (number - 1) for number in _FAULTS)
 _STEP_STOP = signal.SIGTRAP << 8 | 0x7F
+_INTERRUPTED = 2**64 - errno.EINTR
+_ERESTARTNOHAND = 2**64 - 514
+"""include/linux/errno.h: a system call begins again, unless a handler runs; then it ends with EINTR."""
+_IGNORED_BY_DEFAULT = frozenset((signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT))
+_UNRESTARTED = frozenset((0, 43, 45, 47, 65, 128, 208, 220, 232, 281, 288, 333, 441))
+"""System calls that end with EINTR whatever the signal, having done nothing: read (of inotify), accept, recvfrom, recvmsg,
+semop, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, accept4, io_pgetevents, epoll_pwait2."""
 _STEPS = 8
 """Single steps out of a slot; only a repeated string instruction takes more."""
 
@@ -103,6 +111,64 @@ class Stepper:
             else:
                 self._send(thread, sig)
         return status
+
+    def begin_again(self, thread: Thread, sig: int) -> None:
+        """Has a system call begin again that ended with EINTR for nothing.
+
+        A signal that the program ignores is dropped before it wakes anybody, but not where the thread is traced
+        (kernel/signal.c, sig_ignored); and a stop of ours may come just as a thread begins to wait.
+
+        A time-out begins again too; a program that sees EINTR without a reason may be at a loss.
+
+        Args:
+            thread: in a signal-delivery-stop, or in one of PTRACE_EVENT_STOP.
+            sig: the signal that it is stopped for; 0 where that is none of the program's.
+        """
+        words = self._words
+        self._registers.load(thread.tid)
+        if words[RAX] != _INTERRUPTED or words[ORIG_RAX] not in _UNRESTARTED:
+            return
+        if sig:
+            _, ignored, caught = procfs.signal_sets(thread.tid)
+            bit = 1 << (sig - 1)
+            if not ignored & bit and (caught & bit or sig not in _IGNORED_BY_DEFAULT):
+                return
+        # Should a handler run all the same, for another signal, the kernel makes EINTR of it again.
+        ptrace.poke_user(thread.tid, 8 * RAX, _ERESTARTNOHAND)
+
+    def owes_trap(self, thread: Thread) -> bool:
+        """Whether a thread in an event stop has run into a breakpoint of ours and not told of it yet: a group-stop and an
+        interrupt come before the SIGTRAP that is pending (kernel/signal.c, get_signal)."""
+        memory = thread.process.memory
+        if not memory.sites and not memory.former:
+            return False
+        self._registers.load(thread.tid)
+        addr = self._words[RIP] - 1
+        if addr not in memory.sites and addr not in memory.former:
+            return False
+        return bool(int(procfs.status(thread.tid, "SigPnd")["SigPnd"], 16) & TRAP_BIT)
+
+    def step_aside(self, thread: Thread) -> bool:
+        """Does as ``leave_slot`` in a group-stop, from which a thread must not run on: it is as if it stood before the
+        instruction, which is not counted again, or after it.
+
+        Returns:
+            False where it stands in the middle of a sequence and has to stay in the slot.
+        """
+        if not thread.process.memory.slots:
+            return True
+        self._registers.load(thread.tid)
+        inside = thread.process.memory.slot_at(self._words[RIP])
+        if inside is None:
+            return True
+        addr, site, slot = inside
+        original = slot.starts.get(self._words[RIP] - addr)
+        if original is None:
+            return False
+        self._put_back(thread, original)
+        if original[0] == site.addr:
+            thread.uncounted = state_of(self._words)
+        return True
 
     def _put_back(self, thread: Thread, original: tuple[int, int]) -> None:
         self._words[RIP] = original[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trapline_agent.engines.base import ProcessId
+from trapline_agent.engines.base import Mapper, ProcessId
 from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.kernel import procfs
 
@@ -18,6 +18,8 @@ class Thread:
     """It was seen outside of fork and clone since this was last asked."""
     interrupted: bool = False
     """PTRACE_INTERRUPT was sent, its stop has not come yet."""
+    stop_again: bool = False
+    """It left a group-stop to tell of a breakpoint, and goes back there before it runs."""
     held: bool = False
     """Stopped by us and not to be let go yet."""
     uncounted: list[int] | None = None
@@ -36,6 +38,13 @@ class Thread:
             return -1
 
 
+@dataclass(frozen=True)
+class Awaited:
+    mapper: Mapper
+    settle: bool
+    """Whether the process was seized for it, and has not settled since."""
+
+
 @dataclass(eq=False)
 class TracedProcess:
     id: ProcessId
@@ -52,6 +61,8 @@ class TracedProcess:
     """Something was written since its threads were last asked to settle."""
     hooked: bool = False
     """Its loader reports what it maps."""
+    awaited: dict[int, Awaited] = field(default_factory=dict)
+    """Threads that are held as they map a file, by tid: when they go on they stop, and it is looked at what is wanted."""
     execs: int = 0
     """Images it took on since it is followed."""
     retry_at: float = 0.0
@@ -71,3 +82,4 @@ class TracedProcess:
 
     def drop(self, tid: int) -> None:
         self.threads.pop(tid, None)
+        self.awaited.pop(tid, None)
