@@ -24,7 +24,7 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport, SiteRequest
 from trapline_agent.engines.frames import DISARMED, ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
@@ -126,7 +126,7 @@ class TraceThread(threading.Thread):
             lambda process: engine.adopted(process, self),
             hurried=lambda: bool(self._commands),
         )
-        self._returns = Returns(observer, self._group.soil)
+        self._returns = Returns(observer, self._arm)
         self._fork_calls: dict[int, Frames] = {}
         """Calls that were in flight in a parent when it forked, by the id of the child."""
         self._fork_parents: dict[int, TracedProcess] = {}
@@ -805,8 +805,7 @@ class TraceThread(threading.Thread):
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                memory.arm(request)
-                self._group.soil(memory)
+                self._arm(process, request)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
@@ -824,6 +823,12 @@ class TraceThread(threading.Thread):
         if any(r.is_hook and r.addr in memory.sites for r in new):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
+
+    def _arm(self, process: TracedProcess, request: SiteRequest) -> Site:
+        """Arms a site; raises as ``AddressSpace.arm`` does."""
+        site = process.memory.arm(request)
+        self._group.soil(process.memory)
+        return site
 
     def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
         try:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from trapline.errors import TraplineError
 from trapline_agent.arch.x86_64.registers import FS_BASE, R14, RDI, RSP
 from trapline_agent.engines import frames
-from trapline_agent.engines.base import Observer, ReturnSink
+from trapline_agent.engines.base import Observer, ReturnSink, SiteRequest
 from trapline_agent.engines.frames import MAX_FRAMES, Frame, Key
 from trapline_agent.engines.ptrace.memory import SWEEP_FROM, AddressSpace, Site
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
@@ -32,10 +32,10 @@ _UNMAPPED = frozenset((errno.EIO, errno.EFAULT))
 class Returns:
     """See the module."""
 
-    def __init__(self, observer: Observer, soil: Callable[[AddressSpace], None]) -> None:
-        """``soil`` is told of an address space that was written to."""
+    def __init__(self, observer: Observer, arm: Callable[[TracedProcess, SiteRequest], Site]) -> None:
+        """``arm`` arms a site in a process, as ``AddressSpace.arm``."""
         self._observer = observer
-        self._soil = soil
+        self._arm_site = arm
 
     # --- traps -------------------------------------------------------------------------------------------------------
 
@@ -124,8 +124,7 @@ class Returns:
         request = self._observer.place(process.id, back)
         former, memory.written = memory.written, []
         try:
-            point = memory.arm(replace(request, sinks=(), returns=(), tally=site.tally))
-            self._soil(memory)
+            point = self._arm_site(process, replace(request, sinks=(), returns=(), tally=site.tally))
             # munmap and mremap tell nobody: it is looked at again after the write (semantics R18).
             there = False
             with contextlib.suppress(TraplineError, OSError):
