@@ -448,3 +448,38 @@ def go_plan(host: Host, program: Path, symbol: str, site: int) -> object:
     import msgspec
 
     return msgspec.structs.replace(made, site=site)
+
+
+def test_returns_under_a_storm_of_signals(host: Host, targets: Targets) -> None:
+    """Handlers interrupt calls anywhere, entries and return points included, and call probed functions themselves."""
+    program = targets.build("signals")
+    with targets.run("signals", "8") as child:
+        symbols = ("target_push", "target_imul", "target_inner", "on_signal")
+        plans = [host.files.plan(program, symbol, site=i) for i, symbol in enumerate(symbols)]
+        probes = [host.register(p, probe=s, returns=True, pid=child.pid) for p, s in zip(plans, symbols, strict=True)]
+        child.ask("start")
+        for _ in range(200):
+            child.count()
+        child.ask("stop")
+        count = child.count()
+        push, imul, inner, handler = (p.hits for p in probes)
+        assert count["wrong"] == 0
+        assert push + imul == count["done"] == count["begun"]
+        assert inner == count["inner"] == handler
+        assert [p.unreturned for p in probes] == [{}] * 4
+        for probe in probes:
+            settled(probe)
+
+
+def test_returns_in_children_of_every_kind(host: Host, targets: Targets) -> None:
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        probe = probe_on(host, program, "target_forks")
+        child.ask("storm")
+        for _ in range(20):
+            child.count()
+        child.ask("calm", timeout=60)
+        count = child.count()
+        assert count["failed"] == 0
+        assert probe.calls == probe.hits == count["done"] > 0
+        assert probe.unreturned == {}
