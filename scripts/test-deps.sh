@@ -12,6 +12,7 @@ want g++ g++
 want go golang-go
 want readelf binutils
 want gdb gdb
+want strace strace
 want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2

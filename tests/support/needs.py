@@ -115,6 +115,11 @@ def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")
 
 
+@_need("strace", "apt-get install strace")
+def strace() -> str:
+    return _runs("strace", "-qq", "-o", "/dev/null", "true")
+
+
 @_need("binutils", "apt-get install binutils")
 def binutils() -> str:
     return _runs("readelf", "--version") or _runs("strip", "--version")

@@ -109,11 +109,16 @@ class Writer:
                     break
             self._file.flush()
         except (BrokenPipeError, ValueError):
-            pass  # the reader has enough
+            self._give_up()  # the reader has enough
         except OSError as e:
+            self._give_up()
             note(f"trapline: {e.strerror}: the hits cannot be written")
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self.ended.set)
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()  # what it holds still cannot be written either, and would be tried again at the end
 
     def _next(self) -> bytes | None:
         with self._more:
