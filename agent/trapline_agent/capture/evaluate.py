@@ -83,6 +83,8 @@ class ReturnEvaluator:
         kept = 0
         self._at_return: list[tuple[int, int, bool, int]] = []
         """(index of what was kept or -1, register or -1 for the latency, is it a string, its bytes)"""
+        self._has_strings = any(f.string for f in fetches)
+        self._zeros = [int(ValueStatus.OK)] * len(fetches)
         for f in fetches:
             if f.entry:
                 self._at_return.append((kept, 0, f.string, f.max_bytes))
@@ -109,6 +111,11 @@ class ReturnEvaluator:
         strings: list[bytes],
     ) -> list[int]:
         """Returns the values as ``Evaluator`` does, of a call whose ``enter`` gave ``kept``."""
+        if not self._has_strings:
+            return [  # type: ignore[return-value] # what is kept are words
+                kept[index] if index >= 0 else latency_ns if register < 0 else words[register]
+                for index, register, _, _ in self._at_return
+            ] + self._zeros
         values: list[int] = []
         statuses: list[int] = []
         for index, register, is_string, limit in self._at_return:

@@ -42,14 +42,17 @@ class Returns:
     def entered(self, ts: int, thread: Thread, site: Site, words: Sequence[int]) -> Frame | None:
         """A thread stands at the entry of a function whose returns are wanted; returns the call, to be stamped when the
         thread is let go on, or None where its return cannot be seen."""
-        memory = thread.process.memory
-        held = [(sink, sink.enter(words, memory.fd)) for sink in site.returns]
+        memory, sp = thread.process.memory, words[RSP]
+        fd, calls = memory.fd, memory.calls
+        held = [(sink, sink.enter(words, fd)) for sink in site.returns]
+        why = ""
         try:
-            back = int.from_bytes(_read(memory.fd, words[RSP], _WORD), "little")
-            why = self._await(thread.process, site, back)
+            back = int.from_bytes(_read(fd, sp, _WORD), "little")
+            point = memory.sites.get(back)
+            if point is None or site.addr not in point.awaiting:
+                why = self._await(thread.process, site, back)
         except OSError:
             why = _NO_STACK
-        calls = memory.calls
         if not why and len(calls.frames) >= calls.sweep_at:
             why = _sweep(memory)
         if why:
@@ -57,29 +60,30 @@ class Returns:
                 sink.lose(why)
             return None
         frame = Frame(site.addr, back, thread.process.id.pid, thread.tid, held, ts)
-        key: Key = words[RSP] + _WORD
+        key: Key = sp + _WORD
         if site.plan.go:
-            key = _of_goroutine(words, memory.fd, words[RSP] + _WORD) or key
-        frames.lose(calls.frames.push(key, frame), frames.ABANDONED)
+            key = _of_goroutine(words, fd, sp + _WORD) or key
+        if gone := calls.frames.push(key, frame):
+            frames.lose(gone, frames.ABANDONED)
         return frame
 
     def returned(self, ts: int, thread: Thread, site: Site, words: Sequence[int]) -> None:
         """A thread has arrived at a return point."""
-        memory = thread.process.memory
-        table = memory.calls.frames
-        if not len(table):
-            return
-        done, gone = table.pop(words[RSP], site.addr)
-        if not done and table.of_goroutines:
+        memory, sp = thread.process.memory, words[RSP]
+        fd, table = memory.fd, memory.calls.frames
+        done, gone = table.pop(sp, site.addr)
+        if not done and table.of_goroutines and (key := _of_goroutine(words, fd, sp)) is not None:
             frames.lose(gone, frames.ABANDONED)
-            key = _of_goroutine(words, memory.fd, words[RSP])
-            done, gone = table.pop(key, site.addr) if key is not None else ((), ())
-        frames.lose(gone, frames.ABANDONED)
-        if done and not _came_by_ret(memory.fd, words[RSP], site.addr):
+            done, gone = table.pop(key, site.addr)
+        if gone:
+            frames.lose(gone, frames.ABANDONED)
+        if not done:
+            return
+        if not _came_by_ret(fd, sp, site.addr):
             # It was left, and whoever caught that has come here by a jump: the end of a catch clause, for example.
             frames.lose(done, frames.ABANDONED)
             return
-        frames.leave(done, ts, thread.process.id.pid, thread.tid, words, memory.fd)
+        frames.leave(done, ts, thread.process.id.pid, thread.tid, words, fd)
 
     def unwound(self, thread: Thread, words: Sequence[int]) -> None:
         """A thread stands at the first instruction of longjmp: the calls between here and where it jumps to are left. Where
@@ -225,7 +229,7 @@ def _read(fd: int, addr: int, size: int) -> bytes:
     """Raises OSError where it is not all mapped."""
     try:
         data = os.pread(fd, size, addr)
-    except (OverflowError, ValueError) as e:
+    except OverflowError as e:
         raise OSError(errno.EIO, "no such address") from e
     if len(data) < size:
         raise OSError(errno.EIO, "the memory ends there")
