@@ -2,6 +2,7 @@
 //
 //   throws
 //   throw N              target_between calls target_throw, which throws; caught above both; target_cleanup runs on the way
+//   swallow N            target_throw, caught by who called it, who then goes on as if it had returned
 //   call N               target_between, which returns
 //   count                caught= cleaned= returns= left= wrong=
 #include <cstdio>
@@ -62,6 +63,14 @@ int main()
 				} catch (const std::runtime_error &e) {
 					caught++;
 					wrong += std::stol(e.what()) != i;
+				}
+			}
+		} else if (!strcmp(word, "swallow")) {
+			for (long i = 0; i < n; i++) {
+				try {
+					target_throw(i);
+				} catch (...) {
+					caught++;
 				}
 			}
 		} else if (!strcmp(word, "call")) {
