@@ -25,7 +25,7 @@ from typing import Generic, Protocol, TypeVar
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
 from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport, SiteRequest
-from trapline_agent.engines.frames import DISARMED, ENDED, EXECED, Frames
+from trapline_agent.engines.frames import ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.reaper import Reaper
@@ -577,7 +577,8 @@ class TraceThread(threading.Thread):
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
-        self._returns.left(process, process.memory, DISARMED if status is None else ENDED)
+        # (Of one that is let go no call is wanted any more; it has none.)
+        self._returns.left(process, process.memory, ENDED)
         process.memory.close()
         self._engine.forgot(process, status)
 
