@@ -29,6 +29,7 @@ from trapline.model import (
     DesiredProbe,
     Point,
     PointKind,
+    ProbeKind,
     ProbeSpec,
     Target,
     TargetState,
@@ -140,6 +141,8 @@ class ProbeRun:
             limited=now.limited,
             uncovered_ms=now.uncovered_ms,
             dropped=sum(now.drops.values()),
+            calls=now.calls,
+            unreturned=sum(now.unreturned.values()),
         )
 
     def tracer_lost(self) -> None:
@@ -370,6 +373,7 @@ class Reconciler:
             targets=list(run.targets.values()),
             counters=run.counters,
             dropped_by_reason=dict(run.stats.drops) if run.stats else {},
+            unreturned_by_reason=dict(run.stats.unreturned) if run.stats else {},
             overhead_ns=(run.stats.overhead_ns or None) if run.stats else None,
             error=run.error.to_wire() if run.error else None,
         )
@@ -447,6 +451,7 @@ class Reconciler:
                 where=run.registered.where,
                 max_hits=max_hits,
                 overhead=0.0 if desired.limits.overhead == "off" else desired.limits.overhead,
+                returns=desired.spec.kind is ProbeKind.RETURN,
             )
         except TraplineError as e:
             return e

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
@@ -31,6 +32,7 @@ from trapline_agent.tracer.messages import Register, TargetState
 from trapline_agent.tracer.table import Consumer, Table
 
 _LOADER = Path("/lib64/ld-linux-x86-64.so.2")
+_LIBC = Path("/lib/x86_64-linux-gnu/libc.so.6")
 
 
 class Files:
@@ -75,7 +77,9 @@ class Host:
         self.looks = Looks(self.engine)
         self.files = Files() if world is None else SimulatedFiles(world)
         if world is None:
-            self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
+            longjmps = [self.files.plan(_LIBC.resolve(), name) for name in ("longjmp", "__longjmp_chk")]
+            loader = self.files.plan(_LOADER.resolve(), "_dl_debug_state")
+            self.table.set_loaders([loader, *(structs.replace(p, unwinds=True) for p in longjmps)])
         self._consumers: dict[str, Consumer] = {}
 
     def register(
@@ -85,6 +89,7 @@ class Host:
         probe: str = "p",
         fetches: Sequence[FetchPlan] = (),
         max_hits: int = 0,
+        returns: bool = False,
         **where: object,
     ) -> Probe:
         """Registers a probe: publishes it, then looks at every process."""
@@ -98,8 +103,9 @@ class Host:
             fetches=list(fetches),
             where={k: str(v) for k, v in where.items()},
             max_hits=max_hits,
+            returns=returns,
         )
-        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
+        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns))
         self._consumers[probe] = consumer
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)
@@ -181,6 +187,18 @@ class Probe:
     @property
     def ring(self) -> HitRing:
         return self._consumer.ring
+
+    @property
+    def calls(self) -> int:
+        return self.ring.calls
+
+    @property
+    def unreturned(self) -> dict[str, int]:
+        return dict(self.ring.unreturned)
+
+    @property
+    def in_flight(self) -> int:
+        return self.ring.in_flight
 
     @property
     def targets(self) -> list[TargetState]:

@@ -89,6 +89,17 @@ def gcc() -> str:
     return _runs("gcc", "-xc", "-fsyntax-only", "-include", "stdio.h", "/dev/null")
 
 
+@_need("gxx", "apt-get install g++")
+def gxx() -> str:
+    return _runs("g++", "-xc++", "-fsyntax-only", "-include", "stdexcept", "/dev/null")
+
+
+@_need("go", "apt-get install golang-go")
+def go() -> str:
+    """1.17 and later pass arguments in registers, and have the goroutine in one."""
+    return _runs("go", "version")
+
+
 @_need("musl", "apt-get install musl-tools")
 def musl() -> str:
     return _runs("musl-gcc", "--version")

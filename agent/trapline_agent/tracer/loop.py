@@ -29,6 +29,7 @@ from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import LATENCY
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.guard import Guard
@@ -289,6 +290,8 @@ class Tracer:
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
+                    if self._table.consumers:
+                        self._look_once("loaders", self._everyone)
                     self._set_marks()
                 case m.Launch():
                     done.pid = self._launch(message)
@@ -380,6 +383,7 @@ class Tracer:
             return HitRing(
                 message.fetches,
                 max_hits=message.max_hits,
+                returns=message.returns,
                 on_data=self._shipper.data,
                 on_limit=lambda: self._post(lambda: self._complete(message.probe)),
             )
@@ -554,6 +558,8 @@ class Tracer:
             limited=ring.limited,
             uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
+            calls=ring.calls,
+            unreturned=dict(ring.unreturned),
             overhead_ns=ring.median_overhead_ns(),
         )
 
@@ -684,6 +690,8 @@ def _check_register(message: m.Register) -> None:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
     for fetch in message.fetches:
+        if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
+            continue
         if fetch.register not in REGISTERS:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")
         if not 1 <= fetch.max_bytes <= _MAX_FETCH_BYTES:

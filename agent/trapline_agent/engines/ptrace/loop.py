@@ -24,11 +24,13 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport, SiteRequest
+from trapline_agent.engines.frames import ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
 from trapline_agent.engines.ptrace.pages import Diverted, SlotPages
 from trapline_agent.engines.ptrace.reaper import Reaper
+from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
@@ -129,6 +131,9 @@ class TraceThread(threading.Thread):
             lambda process: engine.adopted(process, self),
             hurried=lambda: bool(self._commands),
         )
+        self._returns = Returns(observer, self._arm)
+        self._fork_calls: dict[int, Frames] = {}
+        """Calls that were in flight in a parent when it forked, by the id of the child."""
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
         self._bereft = False
@@ -264,6 +269,7 @@ class TraceThread(threading.Thread):
     def take_out(self) -> None:
         """Takes every byte out and lets every process go, whatever is wanted. On this thread; asks /proc nothing."""
         for process in self._group.processes.values():
+            self._returns.retain(process.memory, (), ())
             for site in list(process.memory.sites.values()):
                 process.memory.disarm(site)
                 process.dirty = True
@@ -350,14 +356,21 @@ class TraceThread(threading.Thread):
             self._stepper.leave_trap(thread, site)
         elif not self._leave_by_new_slot(thread, site):
             return False
+        call = None
         site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
             else:
+                if site.awaiting:
+                    self._returns.returned(ts, thread, site, words)
                 pid, fd = thread.process.id.pid, memory.fd
                 for sink in site.sinks:
                     sink(ts, pid, tid, words, fd)
+                if site.unwinds:
+                    self._returns.unwound(thread, words)
+                if site.returns:
+                    call = self._returns.entered(ts, thread, site, words)
             if thread.blocked:
                 procfs.tried(lambda: self._stepper.block_again(thread))
             if site.is_hook:
@@ -367,6 +380,8 @@ class TraceThread(threading.Thread):
             log.exception("a hit of thread %d was not served whole", tid)
         thread.settled = True
         thread.hits += 1
+        if call is not None:
+            call.entered_ns = time.monotonic_ns()
         self._resume(thread)
         if not thread.hits & _SAMPLE_MASK:
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
@@ -408,6 +423,7 @@ class TraceThread(threading.Thread):
         # (Of those that share the memory it is the first that sites are told of.)
         process = next(iter(self._group.sharers(process.memory)), process)
         process.memory.disarm(site)
+        self._returns.given_up(process.memory, site, error.reason or error.code)
         process.hooked = process.hooked and not site.is_hook
         self._engine.again(process.id.pid)
         if site.is_hook:
@@ -490,6 +506,7 @@ class TraceThread(threading.Thread):
                 child = ptrace.event_message(tid)
                 if child not in self._group.threads:
                     self._fork_parents[child] = thread.process
+                    self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
 
     def _leave_stop(self, thread: Thread, stop: int) -> None:
@@ -508,12 +525,14 @@ class TraceThread(threading.Thread):
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
         if thread is None:
             return
         process = thread.process
         process.drop(tid)
         if os.WIFSIGNALED(status) or process.threads:
             self._bereft = True  # not by its own exit: by a signal, or by another thread's exit or exec
+        self._returns.thread_ended(process.memory, tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
         if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
@@ -526,6 +545,7 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is not None:
             self._fork_parents.pop(tid, None)
+            self._fork_calls.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
@@ -545,6 +565,7 @@ class TraceThread(threading.Thread):
             return
         self._adopt(pid, tid, parent, status)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
@@ -570,6 +591,9 @@ class TraceThread(threading.Thread):
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
+            # The parent may have returned from some of them since; before its event it cannot have.
+            calls = self._fork_calls.get(tid)
+            child.memory.calls.frames = parent.memory.calls.frames.copy() if calls is None else calls
         thread = self._include(child, tid)
         thread.settled = True
         self._stepper.note_mask(thread)
@@ -600,6 +624,7 @@ class TraceThread(threading.Thread):
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
+        self._returns.left(process, old, EXECED)
         self._leave(old)
         with contextlib.suppress(OSError):
             process.comm = procfs.comm(tid)
@@ -621,6 +646,8 @@ class TraceThread(threading.Thread):
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
+        # (Of one that is let go no call is wanted any more; it has none.)
+        self._returns.left(process, process.memory, ENDED)
         self._leave(process.memory)
         self._engine.forgot(process, status)
 
@@ -810,14 +837,18 @@ class TraceThread(threading.Thread):
             # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
             log.exception("process %d cannot be looked at; it is tried again", process.id.pid)
             self._engine.again(process.id.pid)
+            wished = {s.addr: s for s in memory.sites.values() if s.returns and self._observer.is_wanted(s.plan)}
+            self._returns.retain(memory, [sink for s in wished.values() for sink in s.returns], wished)
             for site in list(memory.sites.values()):
-                if not self._observer.is_wanted(site.plan):
+                if not site.awaiting and not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     self._group.soil(memory)
             process.lingering = not memory.sites and not process.held and not process.awaited
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
+        returning = [sink for r in wanted.sites for sink in r.returns]
+        self._returns.retain(memory, returning, [r.addr for r in wanted.sites if r.returns])
 
         def moved(site: Site) -> bool:
             return not wanted.still_mapped(site.addr, site.plan)
@@ -830,12 +861,18 @@ class TraceThread(threading.Thread):
             # What a child has of its parent's was looked at just now.
             if same and request is not None and (cause == "fork" or memory.stands(site)):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
-                joined = site.sinks != request.sinks
-                site.sinks = request.sinks
-                site.is_hook = request.is_hook
+                joined = (site.sinks, site.returns) != (request.sinks, request.returns)
+                site.sinks, site.returns = request.sinks, request.returns
+                site.is_hook, site.unwinds = request.is_hook, request.unwinds
                 site.tally = request.tally
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
+                continue
+            if request is None and site.awaiting and not moved(site) and (cause == "fork" or memory.stands(site)):
+                # A return point, which no probe has asked for by its address.
+                if site.sinks or site.returns:
+                    reports.append(SiteReport(site.addr, site.plan, "gone"))
+                site.sinks, site.returns, site.is_hook, site.unwinds = (), (), False, False
                 continue
             self._group.soil(memory)
             if not memory.disarm(site, mapped=not moved(site)):
@@ -856,8 +893,7 @@ class TraceThread(threading.Thread):
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                memory.arm(request, no_pages)
-                self._group.soil(memory)
+                self._arm(process, request, no_pages)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
@@ -875,6 +911,17 @@ class TraceThread(threading.Thread):
         if any(r.is_hook and r.addr in memory.sites for r in new):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
+
+    def _arm(
+        self,
+        process: TracedProcess,
+        request: SiteRequest,
+        no_pages: Callable[[Site], Unsupported | None] | None = None,
+    ) -> Site:
+        """Arms a site; raises as ``AddressSpace.arm`` does."""
+        site = process.memory.arm(request, no_pages or self._pages.prospect(process))
+        self._group.soil(process.memory)
+        return site
 
     def _look_again(self, process: TracedProcess) -> list[SiteReport]:
         try:

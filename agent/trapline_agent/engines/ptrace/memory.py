@@ -18,7 +18,8 @@ from typing import ClassVar
 from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
-from trapline_agent.engines.base import Sink, SiteRequest, Tally
+from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest, Tally
+from trapline_agent.engines.frames import Frames
 from trapline_agent.engines.journal import Space
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
@@ -37,6 +38,28 @@ _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
 
 
+SWEEP_FROM = 4096
+"""Calls in flight from which on it is looked for abandoned ones."""
+_MAX_REFUSED = 4096
+
+
+@dataclass(eq=False)
+class Calls:
+    """What return probes know of one address space: see ``engines.ptrace.returns``."""
+
+    frames: Frames = field(default_factory=Frames)
+    refused: dict[int, str] = field(default_factory=dict)
+    """Addresses that calls return to and that cannot be armed, with the reason."""
+    sweep_at: int = SWEEP_FROM
+
+    def refuse(self, addr: int, reason: str) -> str:
+        """Remembers a reason, and returns it."""
+        if len(self.refused) >= _MAX_REFUSED:
+            self.refused.clear()
+        self.refused[addr] = reason
+        return reason
+
+
 @dataclass(eq=False)
 class Site:
     """A breakpoint in one address space."""
@@ -53,6 +76,10 @@ class Site:
     paged: bool = False
     """Its slot is in slot pages, or is to be from its first hit on. The program may unmap those: each hit makes sure."""
     tally: Tally = field(default_factory=Tally)
+    returns: tuple[ReturnSink, ...] = ()
+    unwinds: bool = False
+    awaiting: set[int] = field(default_factory=set)
+    """Addresses of the entries whose calls return here; without any it is no return point."""
     original: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +116,7 @@ class AddressSpace:
         """Its part of the journal; None without one."""
         self.foreign: set[int] = set()
         """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
+        self.calls = Calls()
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -166,7 +194,8 @@ class AddressSpace:
                 reason="TextDiffers",
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
-        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally)
+        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally, returns=request.returns)
+        site.unwinds = request.unwinds
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
             site.slot = self._place(site, request.slack_addr)
@@ -209,7 +238,8 @@ class AddressSpace:
         if self.has(site.addr, BREAKPOINT if mapped else site.armed):
             # It may be unmapped meanwhile, or the address space gone with its last process.
             if not self.put(site.addr, site.original) and self.has(site.addr, site.armed):
-                site.sinks = ()
+                site.sinks = site.returns = ()
+                site.awaiting.clear()
                 return False
             self.written.append((site.addr, site.original, site))
         if site.slot and not self._keeps_slot(site.slot):
@@ -303,6 +333,7 @@ class AddressSpace:
         """
         for site in (*parent.former.values(), *parent.sites.values()):
             copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip, site.paged)
+            copy.awaiting = set(site.awaiting)
             (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
