@@ -155,8 +155,10 @@ class _Sentinel(threading.Thread):
     def run(self) -> None:
         with contextlib.suppress(OSError):
             os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(guardian.PRIORITY))
-        held = self._watch.hold()
-        self._holds.set()
+        try:
+            held = self._watch.hold()
+        finally:
+            self._holds.set()
         self._end.wait()
         self._watch.let_go(held)
 
