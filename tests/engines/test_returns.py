@@ -16,7 +16,7 @@ from tests.engines.host import Host, Probe, altered_bytes
 from tests.support import needs
 from tests.support.children import Child
 from tests.support.targets import Targets
-from trapline_agent.engines.frames import ABANDONED, DISARMED, ENDED, EXECED
+from trapline_agent.engines.frames import ABANDONED, DISARMED, ENDED, EXECED, TOO_MANY
 from trapline_agent.plans import LATENCY, FetchPlan
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
@@ -95,16 +95,30 @@ def test_h6_abandoned_calls_are_swept(host: Host, targets: Targets, monkeypatch:
     monkeypatch.setattr("trapline_agent.engines.ptrace.returns.SWEEP_FROM", 64)
     program = targets.build("returns")
     with targets.run("returns") as child:
-        probe = probe_on(host, program, "target_rec", "target_deep", pid=child.pid)
-        for depth in range(100):
+        probe = probe_on(host, program, "target_deep", "target_rec", pid=child.pid)
+        for depth in range(200):
             child.ask(f"deep {depth}")
-            child.ask("recurse 200")
+        child.ask("recurse 300")
         count = child.count()
         assert count["wrong"] == 0
-        assert probe.hits == count["returns"] == 200 * 100
-        assert probe.calls - probe.hits == count["left"]
-        assert probe.unreturned[ABANDONED] + probe.in_flight == count["left"]
-        assert probe.in_flight < 64
+        assert probe.hits == count["returns"] == 300
+        assert probe.calls - probe.hits == count["left"] == 200
+        assert probe.unreturned[ABANDONED] + probe.in_flight == 200
+        assert probe.in_flight <= 64
+
+
+def test_h6_more_calls_than_are_kept(host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trapline_agent.engines.ptrace.returns.SWEEP_FROM", 64)
+    monkeypatch.setattr("trapline_agent.engines.ptrace.returns.MAX_FRAMES", 128)
+    monkeypatch.setattr("trapline_agent.engines.ptrace.memory.SWEEP_FROM", 64)
+    program = targets.build("returns")
+    with targets.run("returns") as child:
+        probe = probe_on(host, program, "target_rec", pid=child.pid)
+        child.ask("recurse 100")
+        assert (probe.calls, probe.hits) == (100, 100)
+        child.ask("recurse 1000")
+        assert (probe.calls, probe.hits, probe.unreturned) == (1100, 228, {TOO_MANY: 872})
+        assert child.count()["wrong"] == 0
 
 
 @needs.gxx

@@ -4,7 +4,7 @@
  *   call N               target_ret, N times
  *   recurse N            target_rec, N deep
  *   jump N               target_jumper, left by longjmp, N times, from frames below target_frame
- *   deep N               target_deep, left by longjmp from a stack that is N * 48 bytes deeper
+ *   deep N               target_deep, left by a longjmp of the compiler's from a stack that is N * 48 bytes deeper
  *   generated N          target_ret, called by code that was made at run time
  *   loop N               target_jumper through one pointer in a loop with setjmp, and target_quiet at the end of it
  *   tail N               target_tail jumps to target_ret
@@ -79,11 +79,14 @@ PROBED long target_frame(long i)
 	return r + 1;
 }
 
+static void *deep_back[5];
+
 PROBED long target_deep(long i)
 {
 	CALLS++;
 	LEFT++;
-	longjmp(back, (int)i + 1);
+	__asm__ volatile("" : "+r"(i));
+	__builtin_longjmp(deep_back, 1); /* not the C library's: nobody is told */
 }
 
 __attribute__((noinline)) static void from_depth(long depth)
@@ -91,6 +94,20 @@ __attribute__((noinline)) static void from_depth(long depth)
 	char *room = __builtin_alloca(depth * 48 + 16);
 	__asm__ volatile("" : : "r"(room) : "memory");
 	target_deep(depth);
+}
+
+__attribute__((noinline)) static void catch_from(long depth)
+{
+	if (!__builtin_setjmp(deep_back))
+		from_depth(depth);
+}
+
+/* Leaves nothing of former calls on the stack. */
+__attribute__((noinline)) static void wipe(void)
+{
+	char room[32768];
+	memset(room, 0, sizeof room);
+	__asm__ volatile("" : : "r"(room) : "memory");
 }
 
 static long call_generated(long i)
@@ -348,8 +365,8 @@ int main(int argc, char **argv)
 				if (!setjmp(back) && target_frame(i))
 					WRONG++;
 		} else if (!strcmp(word, "deep")) {
-			if (!setjmp(back))
-				from_depth(n);
+			catch_from(n);
+			wipe();
 		} else if (!strcmp(word, "generated")) {
 			for (long i = 0; i < n; i++)
 				if (call_generated(i) != i * 7 + 1)

@@ -50,7 +50,9 @@ class Calls:
     frames: Frames = field(default_factory=Frames)
     refused: dict[int, str] = field(default_factory=dict)
     """Addresses that calls return to and that cannot be armed, with the reason."""
-    sweep_at: int = SWEEP_FROM
+    sweep_at: int = field(default_factory=lambda: SWEEP_FROM)
+    refuse_next: int = 0
+    """Calls that are refused before it is looked again whether there are too many still."""
 
     def refuse(self, addr: int, reason: str) -> str:
         """Remembers a reason, and returns it."""

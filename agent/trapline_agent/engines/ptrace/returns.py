@@ -191,10 +191,16 @@ def _jump_targets(words: Sequence[int], fd: int) -> tuple[int, int]:
 def _sweep(memory: AddressSpace) -> str:
     """Takes out what is abandoned; returns why no further call can be kept, or an empty string."""
     calls = memory.calls
+    if calls.refuse_next:
+        calls.refuse_next -= 1
+        return frames.TOO_MANY
     frames.lose(calls.frames.sweep(lambda key, back: _stands(memory.fd, key, back)), frames.ABANDONED)
     # As often as their number doubles, so that it costs each call a constant.
     calls.sweep_at = min(max(SWEEP_FROM, 2 * len(calls.frames)), MAX_FRAMES)
-    return frames.TOO_MANY if len(calls.frames) >= MAX_FRAMES else ""
+    if len(calls.frames) < MAX_FRAMES:
+        return ""
+    calls.refuse_next = MAX_FRAMES
+    return frames.TOO_MANY
 
 
 def _came_by_ret(fd: int, sp: int, addr: int) -> bool:
