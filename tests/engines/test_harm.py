@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,8 +12,7 @@ from tests.engines.host import Host, altered_bytes
 from tests.support import needs
 from tests.support.children import Child
 from tests.support.targets import Targets
-from trapline_agent.engines.ptrace import group
-from trapline_agent.kernel import procfs
+from trapline_agent.kernel import procfs, ptrace
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
@@ -50,14 +50,15 @@ def test_kernel_threads_share_no_memory_with_one_that_ends(
     host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has none has the same as they: kcmp(2) says so when a leader ends between two calls."""
-    real, asked = group._shares, []
+    real, asked = ptrace.sharers, []
 
-    def shares(asker: int, pid: int) -> bool:
-        without = not procfs.has_memory(pid)
-        asked.append(without)
-        return real(asker, pid) or (without and asked.count(True) == 1)
+    def sharers(asker: int, others: Sequence[int]) -> tuple[list[int], list[int]]:
+        sharing, unknown = real(asker, others)
+        without = [pid for pid in others if not procfs.has_memory(pid)]
+        asked.append(bool(without))
+        return (sharing + without if asked.count(True) == 1 else sharing), unknown
 
-    monkeypatch.setattr(group, "_shares", shares)
+    monkeypatch.setattr(ptrace, "sharers", sharers)
     if all(procfs.has_memory(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()):
         monkeypatch.setattr(procfs, "has_memory", lambda pid: pid != os.getpid())  # a PID namespace without any
     with targets.run("hot", "1") as child:
