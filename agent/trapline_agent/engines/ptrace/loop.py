@@ -674,6 +674,7 @@ class TraceThread(threading.Thread):
             raise
         if fresh:
             self._group.processes[pid] = process
+            self._followed = True
             self._engine.adopted(process, self)
         if mapper.tid not in process.threads:
             raise ProcessLookupError(f"thread {mapper.tid} is gone")

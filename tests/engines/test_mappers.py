@@ -1,0 +1,84 @@
+"""Processes that are followed because one of their threads maps a probed file: what holds for any other holds for them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from tests.engines.host import Host, Probe
+from tests.support.children import TIMEOUT_S
+from tests.support.targets import Targets
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.ptrace.loop import Ended
+from trapline_agent.engines.ring import HitRing
+from trapline_agent.plans import FileKey, SitePlan
+from trapline_agent.tracer.messages import Register
+
+
+class Mapper:
+    """As the hook tells of one; the thread of these tests sleeps in another call, and is stopped on its way out likewise."""
+
+    event = "mmap"
+
+    def __init__(self, pid: int, deadline: float = float("inf")) -> None:
+        self.pid = self.tid = pid
+        self.file = FileKey("", 0)
+        self.deadline = deadline
+
+    def cause(self) -> str:
+        return "mmap:fanotify"
+
+
+def publish(host: Host, plan: SitePlan) -> Probe:
+    """Has something wanted in processes, without a look at any."""
+    message = Register(id=1, probe="p", generation=1, sites=["s"], plans=[plan])
+    return Probe(host, host.table.publish(message, HitRing))
+
+
+def follow(host: Host, pid: int, plan: SitePlan) -> Probe:
+    """Has a process followed and armed for its mapper."""
+    assert isinstance(host.engine, PtraceEngine)
+    probe, changed = publish(host, plan), threading.Event()
+    host.table._on_change = changed.set
+    host.engine.await_mapper(Mapper(pid))
+    while not probe.states()["armed"]:
+        assert changed.wait(TIMEOUT_S)
+        changed.clear()
+    return probe
+
+
+def test_p2_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_bytes(
+    host: Host, targets: Targets
+) -> None:
+    """Its first stop is told late: until then nobody but the kernel knows of it, and it has its parent's breakpoint."""
+    plan = host.files.plan(targets.build("forks"), "target_forks")
+    with targets.run("forks") as child:
+        probe = follow(host, child.pid, plan)
+        thread = host.engine._threads[child.pid]  # type: ignore[attr-defined]
+        wait, born, late = thread._waiter.wait, threading.Event(), threading.Event()
+        first_stops: list[tuple[int, int]] = []
+
+        def delayed(tid: int = -1, *, block: bool = True) -> tuple[int, int]:
+            if late.is_set() and first_stops:
+                return first_stops.pop()
+            change: tuple[int, int] = wait(tid, block=block)
+            if change[0] > 0 and change[0] not in thread._group.threads and not late.is_set():
+                first_stops.append(change)
+                born.set()
+                return 0, 0
+            return change
+
+        asked = threading.Event()
+        expects_children = thread._expects_children
+        thread._waiter.wait = delayed
+        thread._expects_children = lambda: (expects_children(), asked.set())[0]
+        child.send("fork 5")
+        assert born.wait(TIMEOUT_S)
+        probe.unregister()
+        assert asked.wait(TIMEOUT_S)
+        late.set()
+        with contextlib.suppress(Ended):
+            thread.call(lambda: None)
+        child.wait_for("ended")
+        count = child.count()
+        assert (count["failed"], count["done"]) == (0, 5)
