@@ -72,6 +72,7 @@ def test_p2_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_b
         expects_children = thread._expects_children
         thread._waiter.wait = delayed
         thread._expects_children = lambda: (expects_children(), asked.set())[0]
+        thread.call(lambda: None)  # it waits in ``delayed`` from now on
         child.send("fork 5")
         assert born.wait(TIMEOUT_S)
         probe.unregister()
