@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+
+import pytest
 
 from tests.engines.host import Host, Probe
 from tests.support.children import TIMEOUT_S
 from tests.support.targets import Targets
 from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.ptrace.group import Group
 from trapline_agent.engines.ptrace.loop import Ended
 from trapline_agent.engines.ring import HitRing
+from trapline_agent.kernel import ptrace
 from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.tracer.messages import Register
 
@@ -83,3 +88,36 @@ def test_p2_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_b
         child.wait_for("ended")
         count = child.count()
         assert (count["failed"], count["done"]) == (0, 5)
+
+
+@pytest.mark.parametrize("how", ["attached", "mapper that is late", "mapper that has not stopped"])
+def test_p5_nothing_is_written_before_a_process_has_settled_however_it_came_to_be_followed(
+    host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """One of its threads stays inside fork: the child, of which nobody would tell, must not get our bytes."""
+    engine, settle = host.engine, Group.settle
+    assert isinstance(engine, PtraceEngine)
+    program = targets.build("hot")
+    plan = host.files.plan(program, "target_hot")
+    with targets.run("hot", "1") as child:
+        monkeypatch.setattr(Group, "settle", lambda *args, **kwargs: False)
+        if how == "attached":
+            probe = host.register(plan)
+            assert [t.reason for t in probe.targets] == ["BusyForking"]
+            host.tick()
+        else:
+            probe = publish(host, plan)
+            with monkeypatch.context() as patch:
+                patch.setattr(ptrace, "interrupt", lambda tid: None)
+                if how == "mapper that is late":
+                    with pytest.raises(TimeoutError):
+                        engine.await_mapper(Mapper(child.pid, time.monotonic() - 1))
+                else:
+                    engine.await_mapper(Mapper(child.pid))
+                host.reconcile(child.pid)
+        assert host.altered(child.pid, [program]) == {}
+        assert [(t.state, t.reason) for t in probe.targets] == [("refused", "BusyForking")]
+        monkeypatch.setattr(Group, "settle", settle)
+        host.tick()
+        child.ask("call 7")
+        assert (probe.states(), probe.hits) == ({"armed": 1}, 7)

@@ -528,6 +528,7 @@ class TraceThread(threading.Thread):
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
+        process.unsettled = False
         old, process.memory = process.memory, fresh
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
@@ -641,12 +642,14 @@ class TraceThread(threading.Thread):
                 for sharer in sharers:
                     sharer.released = False
                     seized |= self._group.seize(sharer)
-                if self._group.seize_sharers(process) or seized:
+                if self._group.seize_sharers(process) or seized or self._group.is_unsettled(process.memory):
                     self._group.settle_all(process)
             except OSError:
                 for sharer in sharers:
                     sharer.released = True  # nothing was written: all of this is to be done again first
                 raise
+        elif self._group.is_unsettled(process.memory) and not process.memory.sites:
+            self._group.settle_all(process)  # whoever seized it has not come to that, or it took too long
         self._reconcile(process, cause)
         return True
 
@@ -663,10 +666,10 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid) or TracedProcess.open(pid)
         fresh = pid not in self._group.processes
         try:
-            seized = self._group.seize(process)
+            self._group.seize(process)
             for sharer in self._group.sharers(process.memory):
                 sharer.released = False
-                seized |= self._group.seize(sharer)
+                self._group.seize(sharer)
         except OSError:
             if fresh:
                 self._group.abandon(process)
@@ -688,7 +691,7 @@ class TraceThread(threading.Thread):
         elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
             process.lingering = not process.memory.sites
             raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
-        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.awaited[mapper.tid] = Awaited(mapper, process.unsettled or self._group.is_unsettled(process.memory))
         process.lingering = False
 
     def _arm_mapper(self, thread: Thread, stop: int) -> None:
