@@ -52,9 +52,7 @@ def follow(host: Host, pid: int, plan: SitePlan) -> Probe:
     return probe
 
 
-def test_p2_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_bytes(
-    host: Host, targets: Targets
-) -> None:
+def test_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_bytes(host: Host, targets: Targets) -> None:
     """Its first stop is told late: until then nobody but the kernel knows of it, and it has its parent's breakpoint."""
     plan = host.files.plan(targets.build("forks"), "target_forks")
     with targets.run("forks") as child:
@@ -91,7 +89,7 @@ def test_p2_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_b
 
 
 @pytest.mark.parametrize("how", ["attached", "mapper that is late", "mapper that has not stopped"])
-def test_p5_nothing_is_written_before_a_process_has_settled_however_it_came_to_be_followed(
+def test_nothing_is_written_before_a_process_has_settled_however_it_came_to_be_followed(
     host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """One of its threads stays inside fork: the child, of which nobody would tell, must not get our bytes."""

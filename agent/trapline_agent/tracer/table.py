@@ -307,12 +307,12 @@ class Table:
             target.since_ns = time.time_ns()
             why = message or "within its budget again"
             log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
-        was, target.state, target.message = target.state, state, message
+        target.state, target.message = state, message
         target.reason = _OVER_BUDGET if verdict else ""
         # One that is throttled is in and out all the time: ``covered`` says how much.
         if state == State.TRIPPED.text:
             consumer.coverage.end(key, time.time_ns())
-        elif was == State.TRIPPED.text:
+        elif key not in consumer.coverage:  # it was tripped, or began its life left out
             consumer.coverage.begin(
                 key, msgspec.structs.replace(target, state="armed", hook="budget", may_have_missed=True, message=_BACK)
             )
@@ -386,7 +386,7 @@ class Table:
         """Marks targets in processes that are no more as gone. The engine tells of those that it follows; of a process that
         refused, nobody does."""
         with self._lock:
-            living = {k[:2] for c in self._consumers.values() for k, t in c.targets.items() if t.state != "gone"}
+            living = {k[:2] for c in self._now.consumers for k, t in c.targets.items() if t.state != "gone"}
         for identity in living:
             try:
                 if self._proc.start_time(identity[0]) == identity[1]:
@@ -510,6 +510,7 @@ class Table:
                         target.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
+                        consumer.coverage.end(key, time.time_ns())
         self._on_change()
 
     def is_meant(self, pid: int, file: FileKey) -> bool:
@@ -647,7 +648,7 @@ class Table:
         now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
-            for consumer in self._consumers.values():
+            for consumer in self._now.consumers:  # the dictionary is the control thread's
                 for key, state in consumer.targets.items():
                     if key[:2] == identity and state.state != "gone":
                         state.state = "gone"
