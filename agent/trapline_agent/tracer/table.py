@@ -385,8 +385,9 @@ class Table:
     def mark_ended(self) -> None:
         """Marks targets in processes that are no more as gone. The engine tells of those that it follows; of a process that
         refused, nobody does."""
+        living: set[tuple[int, int]] = set(self.meters.processes())  # some ended before they were followed
         with self._lock:
-            living = {k[:2] for c in self._now.consumers for k, t in c.targets.items() if t.state != "gone"}
+            living |= {k[:2] for c in self._now.consumers for k, t in c.targets.items() if t.state != "gone"}
         for identity in living:
             try:
                 if self._proc.start_time(identity[0]) == identity[1]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 
-from tests.unit.tracer.test_rules import Bench
+from tests.unit.tracer.test_rules import Bench, register
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.fake.world import SimulatedProcess
+from trapline_agent.engines.ring import HitRing
 from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
 from trapline_agent.tracer.messages import CoverageEntry
 from trapline_agent.tracer.table import Table
@@ -57,3 +60,42 @@ def test_what_goes_while_it_is_throttled_has_its_entry_ended() -> None:
     bench.looks.run(lambda: [ProcessId(process.pid, process.start_time)], "reconcile")
     (entry,) = log(bench.table)
     assert entry.ended_ns
+
+
+def test_a_process_ends_while_a_probe_comes() -> None:
+    """Ends are told by the engine's threads, probes come on the control thread; its end must reach whoever launched it."""
+    bench = Bench()
+    process = bench.world.spawn(bench.file)
+    consumer = bench.register(OFFSET)
+
+    another = register("another", [bench.file.plan(OFFSET)])
+    control = threading.Thread(target=lambda: bench.table.publish(another, HitRing))
+
+    class Targets(dict):  # type: ignore[type-arg]
+        def items(self):  # type: ignore[no-untyped-def]
+            if not control.is_alive():
+                control.start()
+            while bench.table.consumer("another") is None:
+                os.sched_yield()
+            return super().items()
+
+    consumer.targets = Targets(consumer.targets)
+    ended: list[int] = []
+    bench.table.on_exit = lambda identity, status: ended.append(identity.pid)
+    bench.table.exited(ProcessId(process.pid, process.start_time), 0)
+    control.join()
+    assert ended == [process.pid]
+    assert [t.state for t in consumer.targets.values()] == ["gone"]
+
+
+def test_what_is_metered_in_processes_that_end_before_they_are_followed_is_forgotten() -> None:
+    bench = Bench()
+    bench.register(OFFSET)
+    process = bench.world.spawn(bench.file)
+    bench.table.wanted(ProcessId(process.pid, process.start_time), "scan")
+    assert bench.table.meters._meters
+    bench.table.mark_ended()
+    assert bench.table.meters._meters
+    bench.world.end(process)
+    bench.table.mark_ended()
+    assert not bench.table.meters._meters
