@@ -15,7 +15,7 @@ from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ptrace.group import Group
 from trapline_agent.engines.ptrace.loop import Ended
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.kernel import ptrace
+from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import FileKey, SitePlan
 from trapline_agent.tracer.messages import Register
 
@@ -45,7 +45,7 @@ def follow(host: Host, pid: int, plan: SitePlan) -> Probe:
     assert isinstance(host.engine, PtraceEngine)
     probe, changed = publish(host, plan), threading.Event()
     host.table._on_change = changed.set
-    host.engine.await_mapper(Mapper(pid))
+    assert host.engine.await_mapper(Mapper(pid))
     while not probe.states()["armed"]:
         assert changed.wait(TIMEOUT_S)
         changed.clear()
@@ -119,3 +119,14 @@ def test_nothing_is_written_before_a_process_has_settled_however_it_came_to_be_f
         host.tick()
         child.ask("call 7")
         assert (probe.states(), probe.hits) == ({"armed": 1}, 7)
+
+
+def test_a_mapper_that_shares_the_memory_of_a_followed_process_is_armed(host: Host, targets: Targets) -> None:
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        child.send("clone 1000000000")
+        path = f"/proc/{child.pid}/task/{child.pid}/children"
+        while not (clones := procfs.read(path).split()):
+            assert child.alive()
+        host.register(host.files.plan(program, "main"), probe="other", pid=child.pid)
+        follow(host, int(clones[0]), host.files.plan(program, "target_forks"))

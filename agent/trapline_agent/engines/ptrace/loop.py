@@ -719,7 +719,10 @@ class TraceThread(threading.Thread):
         memory = process.memory
         if self._group.processes.get(process.id.pid) is not process:
             return  # it ended, or was let go, while it settled
-        if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
+        if memory.users > 1 and (first := next(iter(self._group.sharers(memory)), process)) is not process:
+            # What is in their memory is entered with the first of those that share it; a birth changes nothing there.
+            if cause != "fork" and _lives(first.id.pid):
+                self._reconcile(first, cause)
             return
         try:
             wanted = procfs.tried(lambda: self._observer.wanted(process.id, cause, parent))
