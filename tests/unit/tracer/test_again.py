@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support import needs
+from tests.support.children import TIMEOUT_S
 from tests.unit.tracer.test_rules import Bench, Control, OddError, register
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.kernel import fanotify
@@ -39,16 +41,18 @@ def test_a_look_that_failed_takes_out_no_probe_that_came_since(tracer: Tracer) -
     bench = Bench()
     control = Control(tracer, bench)
     bench.world.spawn(bench.file)
-    reconcile = bench.engine.on_reconcile
+    reconcile, failed = bench.engine.on_reconcile, threading.Event()
 
     def fail(process: ProcessId) -> None:
         bench.engine.on_reconcile = reconcile
+        failed.set()
         raise OddError
 
     bench.engine.on_reconcile = fail
     message = register("p", [bench.file.plan(OFFSET)])
     answers: list[Exception | None] = []
     tracer._register(message, answers.append)
+    assert failed.wait(TIMEOUT_S)
     bench.table.withdraw("p")
     assert control.register(register("p", [bench.file.plan(OFFSET)])) is None
     while not answers:
