@@ -8,8 +8,11 @@ want() { # command package...
     command -v "$1" >/dev/null 2>&1 || { shift; missing="$missing $*"; }
 }
 want gcc gcc libc6-dev
+want g++ g++
+want go golang-go
 want readelf binutils
 want gdb gdb
+want strace strace
 want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2

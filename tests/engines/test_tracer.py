@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -273,3 +274,39 @@ def test_what_is_no_socket_is_not_replaced(path: Path) -> None:
     assert result.returncode == 2
     assert "is no socket" in result.stderr
     assert path.read_text() == "precious"
+
+
+@needs.strace
+async def test_s5_not_one_call_on_a_process_without_probes(path: Path, targets: Targets, tmp_path: Path) -> None:
+    """The oracle is strace on the tracer: every thread that it ever traces, and every memory that it opens, is its target's.
+
+    Around it processes fork, exec and open libraries; all that is known of them is what is read in /proc.
+    """
+    calls = tmp_path / "calls"
+    library = targets.library()
+    with targets.run("hot", "2") as child, targets.run("forks") as forks, targets.run("dl", library) as opener:
+        with tracer(path) as process:
+            async with connected(path, process) as client:
+                argv = ["strace", "-f", "-qq", "-o", str(calls), "-p", str(process.pid), "-e"]
+                with Child([*argv, "trace=ptrace,process_vm_readv,process_vm_writev,openat"], ready=None) as watch:
+                    while procfs.tracer(process.pid) != watch.pid:
+                        pass
+                    plans = [Files().plan(targets.build(n), f"target_{n}", i) for i, n in enumerate(("hot", "forks"))]
+                    plans.append(Files().plan(library, "dlfn", 2))
+                    await client.register("p", generation=1, sites=["a", "b", "c"], plans=plans, where={"comm": "hot"})
+                    child.ask("call 20")
+                    for kind in ("fork", "vfork", "spawn", "thread"):
+                        forks.ask(f"{kind} 10")
+                    for _ in range(5):
+                        opener.ask("open")
+                        opener.ask("call 5")
+                        opener.ask("close")
+                    await client.unregister("p")
+                    watch.signal(signal.SIGINT)
+                    assert watch.wait() == -signal.SIGINT
+                    watch.popen.returncode = 0  # as it was told to
+        meant = set(procfs.tasks(child.pid))
+        traced = {int(t) for t in re.findall(r"ptrace\(PTRACE_\w+, (\d+)", calls.read_text())}
+        opened = {int(p) for p in re.findall(r'"/proc/(\d+)/(?:task/\d+/)?mem"', calls.read_text())}
+        assert (traced, opened) == (meant, {child.pid})
+        assert "process_vm" not in calls.read_text()

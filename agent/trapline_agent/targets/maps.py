@@ -42,6 +42,10 @@ class Mapping(NamedTuple):
     def file(self) -> FileKey:
         return FileKey(self.dev, self.inode)
 
+    def is_of(self, file: FileKey) -> bool:
+        """Whether it maps this file."""
+        return self.inode == file.inode and self.dev == file.dev
+
     @property
     def writable(self) -> bool:
         return self.prot[1] == "w"
@@ -115,6 +119,11 @@ def executable_mappings(pid: int) -> list[Mapping]:
     return parse_maps(read_maps(pid))
 
 
+def is_mapped(mappings: Iterable[Mapping], file: FileKey, offset: int, addr: int) -> bool:
+    """Whether an offset of a file is mapped at an address."""
+    return any(m.is_of(file) and m.addr(offset) == addr for m in mappings)
+
+
 def content_at(pid: int, addr: int, length: int) -> bytes | None:
     """Returns what a mapping brought along at an address: its file's bytes, zeros where it is anonymous; None where nothing
     is mapped. Raises as ``read_maps``, and OSError where the file cannot be read."""
@@ -128,6 +137,16 @@ def content_at(pid: int, addr: int, length: int) -> bytes | None:
                 file.seek(int(offset, 16) + addr - start)
                 return file.read(length).ljust(length, b"\0")
     return None
+
+
+def span_at(pid: int, addr: int) -> tuple[int, int]:
+    """Returns start and end of the mapping, of whatever kind, that has an address; (0, 0) where there is none. Raises as
+    ``read_maps``."""
+    for line in read_maps(pid).splitlines():
+        start, end = (int(part, 16) for part in line[: line.index(b" ")].split(b"-"))
+        if start <= addr < end:
+            return start, end
+    return 0, 0
 
 
 def needle(file: FileKey) -> bytes:

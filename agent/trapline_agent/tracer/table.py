@@ -33,9 +33,9 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from trapline.errors import Conflict, TraplineError
+from trapline.errors import Conflict, TraplineError, Unsupported
 from trapline.ids import new_id
-from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
+from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
@@ -49,6 +49,7 @@ from trapline_agent.tracer.coverage import CoverageLog
 from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 from trapline_agent.tracer.meters import Meters
 from trapline_agent.tracer.outages import Outages
+from trapline_agent.tracer.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Consumer:
     closed: bool = False
     _holding: threading.Lock = field(default_factory=threading.Lock)
     sinks: dict[int, Sink] = field(default_factory=dict)
+    return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
+    """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
     outages: Outages = field(default_factory=Outages)
@@ -102,7 +105,9 @@ class Consumer:
     def add(self, plans: Iterable[SitePlan]) -> None:
         self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
-            if plan.site not in self.sinks:
+            if self.register.returns:
+                self.return_sinks.setdefault(plan.site, self.ring.return_sink(plan.site))
+            elif plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
                 # Its path may be another file's here, or nobody's: then who maps it leads there.
@@ -154,7 +159,14 @@ class _Parents(dict[int, int]):
 class _Snapshot:
     consumers: tuple[Consumer, ...] = ()
     by_file: Mapping[FileKey, tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
+    by_site: Mapping[tuple[FileKey, int], tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
+    """The uprobes: by (file, offset), each with its consumers."""
     loaders: Mapping[FileKey, SitePlan] = field(default_factory=dict)
+    unwinders: Mapping[FileKey, Mapping[int, SitePlan]] = field(default_factory=dict)
+
+    def of(self, plan: SitePlan) -> tuple[tuple[SitePlan, Consumer], ...]:
+        """Returns who wants the instruction of a plan, each with its own plan."""
+        return self.by_site.get((plan.file, plan.offset), ())
 
 
 class Table:
@@ -170,8 +182,10 @@ class Table:
         self._now = _Snapshot()
         self._consumers: dict[str, Consumer] = {}
         self._loaders: dict[FileKey, SitePlan] = {}
+        self._unwinders: dict[FileKey, dict[int, SitePlan]] = {}
         self._ancestors: dict[ProcessId, tuple[int, ...]] = {}
         """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
+        self._places = Places()
         self._lock = threading.Lock()
         self._on_change = on_change
         self.meters = Meters()
@@ -247,18 +261,29 @@ class Table:
         return self._now.loaders
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
-        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
+        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``), and where longjmp begins."""
         for plan in plans:
-            self._loaders[plan.file] = plan
+            if plan.unwinds:
+                self._unwinders[plan.file] = {**self._unwinders.get(plan.file, {}), plan.offset: plan}
+            else:
+                self._loaders[plan.file] = plan
         self._renew()
 
     def _renew(self) -> None:
         by_file: dict[FileKey, list[tuple[SitePlan, Consumer]]] = {}
+        by_site: dict[tuple[FileKey, int], list[tuple[SitePlan, Consumer]]] = {}
         for consumer in self._consumers.values():
-            for plan in consumer.plans.values():
+            for key, plan in consumer.plans.items():
                 by_file.setdefault(plan.file, []).append((plan, consumer))
+                by_site.setdefault(key, []).append((plan, consumer))
+        if not any(c.register.returns for c in self._consumers.values()):
+            self._places.clear()
         self._now = _Snapshot(
-            tuple(self._consumers.values()), {f: tuple(s) for f, s in by_file.items()}, dict(self._loaders)
+            tuple(self._consumers.values()),
+            {f: tuple(s) for f, s in by_file.items()},
+            {k: tuple(s) for k, s in by_site.items()},
+            dict(self._loaders),
+            dict(self._unwinders),
         )
 
     # --- the breaker: control thread ---------------------------------------------------------------------------------
@@ -431,10 +456,10 @@ class Table:
         mappings = maps.parse_maps(self._proc.maps(identity.pid))
 
         def still_mapped(addr: int, plan: SitePlan) -> bool:
-            return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
+            return maps.is_mapped(mappings, plan.file, plan.offset, addr)
 
         def places(plan: SitePlan) -> list[int]:
-            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+            return [a for m in mappings if m.is_of(plan.file) and (a := m.addr(plan.offset)) is not None]
 
         sites: dict[int, SiteRequest] = {}
         interested: dict[int, list[Consumer]] = {}
@@ -453,7 +478,12 @@ class Table:
                 interested.setdefault(addr, []).append(consumer)
                 tally = self.meters.tally(point, interested[addr])
                 known = sites.get(addr) or _request(addr, plan, mapping, mappings)
-                sites[addr] = replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]), tally=tally)
+                known = replace(known, tally=tally)
+                sites[addr] = (
+                    replace(known, returns=(*known.returns, consumer.return_sinks[plan.site]))
+                    if consumer.register.returns
+                    else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
+                )
         if verdicts:
             self._note_left_out(identity, interested, left_out, cause, facts.comm)
         # What is left out comes back: the process is followed meanwhile.
@@ -465,6 +495,12 @@ class Table:
                     continue
                 if addr not in sites:
                     sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
+        if any(r.returns and r.refusal is None for r in sites.values()):
+            for mapping in mappings:
+                for unwinder in now.unwinders.get(mapping.file, {}).values():
+                    if (addr := mapping.addr(unwinder.offset)) is not None:
+                        known = sites.get(addr) or _request(addr, unwinder, mapping, mappings)
+                        sites[addr] = replace(known, unwinds=True)
         return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
 
     def _note_left_out(
@@ -525,6 +561,19 @@ class Table:
         parents = self._parents(ProcessId(pid, facts.start_time))
         return any(c.selector.matches(facts, parents) for c in consumers)
 
+    def place(self, process: ProcessId, addr: int) -> SiteRequest:
+        mappings = maps.parse_maps(self._proc.maps(process.pid))
+        mapping = next((m for m in mappings if m.start <= addr < m.end), None)
+        if mapping is None:
+            raise Unsupported(
+                f"process {process.pid} has no code of a file at {addr:#x}: what calls was made at run time, or by hand",
+                reason="GeneratedCode",
+            )
+        plan = self._places.plan(
+            mapping, addr, lambda offset, size: self._proc.content(process.pid, mapping, offset, size)
+        )
+        return _request(addr, plan, mapping, mappings)
+
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
         if known is not None:
@@ -558,9 +607,7 @@ class Table:
         changed = False
         with self._lock:
             for report in reports:
-                for plan, consumer in self._now.by_file.get(report.plan.file, ()):
-                    if plan.offset != report.plan.offset:
-                        continue
+                for plan, consumer in self._now.of(report.plan):
                     key = (identity.pid, identity.start_time, plan.site, report.addr)
                     known = consumer.targets.get(key)
                     # A site is there for all its consumers, but each has its own processes (semantics R16).
@@ -590,7 +637,10 @@ class Table:
                         cause=cause,
                         hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=bool(missed) and state == "armed",
+                        # Refused after all: calls since are not counted.
+                        may_have_missed=bool(missed)
+                        if state == "armed"
+                        else state == "refused" and known is not None and known.state == "armed",
                         reason=report.reason,
                         message=report.message
                         or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
@@ -633,12 +683,13 @@ class Table:
         now = self._now
         if now.consumers and plan.file in now.loaders and now.loaders[plan.file].offset == plan.offset:
             return True
-        return any(other.offset == plan.offset for other, _ in now.by_file.get(plan.file, ()))
+        if plan.offset in now.unwinders.get(plan.file, {}) and any(c.register.returns for c in now.consumers):
+            return True
+        return bool(now.of(plan))
 
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
-        for other, consumer in self._now.by_file.get(plan.file, ()):
-            if other.offset == plan.offset:
-                consumer.ring.overhead_ns.append(held_ns)
+        for _, consumer in self._now.of(plan):
+            consumer.ring.overhead_ns.append(held_ns)
 
     def exited(self, identity: ProcessId, status: int | None) -> None:
         self._gone(identity)
@@ -675,7 +726,12 @@ def _why_missed(missed: str, unheld: str | None) -> str:
 
 
 def _same_terms(one: Register, other: Register) -> bool:
-    return (one.fetches, one.where, one.max_hits) == (other.fetches, other.where, other.max_hits)
+    return (one.fetches, one.where, one.max_hits, one.returns) == (
+        other.fetches,
+        other.where,
+        other.max_hits,
+        other.returns,
+    )
 
 
 def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping]) -> SiteRequest:
@@ -690,7 +746,7 @@ def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[Fil
     slack_addr = 0
     if plan.slack_len:
         for other in mappings:
-            if other.file != plan.file or other.writable or other.shared:
+            if not other.is_of(plan.file) or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
             # A file may be mapped twice: a slot is only of use near its site.
