@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 
@@ -130,3 +131,32 @@ def test_a_mapper_that_shares_the_memory_of_a_followed_process_is_armed(host: Ho
             assert child.alive()
         host.register(host.files.plan(program, "main"), probe="other", pid=child.pid)
         follow(host, int(clones[0]), host.files.plan(program, "target_forks"))
+
+
+def test_a_child_that_has_ended_before_its_birth_is_told_is_nobody_s_child(host: Host, targets: Targets) -> None:
+    """Its number will be another process', with another parent."""
+    plan = host.files.plan(targets.build("forks"), "target_forks")
+    with targets.run("forks") as child:
+        host.register(plan)
+        thread = host.engine._threads[child.pid]  # type: ignore[attr-defined]
+        wait = thread._waiter.wait
+        births: list[tuple[int, int]] = []
+        ended: list[int] = []
+
+        def delayed(tid: int = -1, *, block: bool = True) -> tuple[int, int]:
+            if ended and births:
+                return births.pop()
+            change: tuple[int, int] = wait(tid, block=block)
+            if change[0] == child.pid and change[1] >> 16 == ptrace.PTRACE_EVENT_FORK and not ended:
+                births.append(change)
+                return 0, 0
+            if change[0] > 0 and os.WIFEXITED(change[1]):
+                ended.append(change[0])
+            return change
+
+        thread._waiter.wait = delayed
+        thread.call(lambda: None)  # it waits in ``delayed`` from now on
+        child.send("fork 5")
+        child.wait_for("ended")
+        assert ended
+        assert thread._fork_parents == {}

@@ -504,7 +504,8 @@ class TraceThread(threading.Thread):
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
-                if child not in self._group.threads:
+                # It may have been born, and have ended, before this is told: its number may be another's next.
+                if child not in self._group.threads and self._is_mine(child):
                     self._fork_parents[child] = thread.process
                     self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
