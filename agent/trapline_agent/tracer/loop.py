@@ -600,6 +600,7 @@ class Tracer:
         if self._table.consumers:
             log.warning("the agent has not been heard of for %.3g s: everything is taken out", self._lease_s)
         self._take_all_out()
+        self._set_marks()
         self._hook.watch([])
         if self._agent is not None:
             # It hangs. It is told, in case it wakes up, and is treated as one that is gone: it has to connect again.

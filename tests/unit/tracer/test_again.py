@@ -63,6 +63,20 @@ def test_a_look_that_failed_takes_out_no_probe_that_came_since(tracer: Tracer) -
     assert bench.table.consumer("p") is not None
 
 
+@needs.ptrace
+def test_when_the_lease_ends_nobody_is_held_any_more(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, marked = Bench(), []
+    control = Control(tracer, bench)
+    bench.world.spawn(bench.file)
+    monkeypatch.setattr(tracer._mappers, "sync", lambda wanted, loaders: marked.append(dict(wanted)))
+    consumer = bench.register(OFFSET)
+    consumer.held[bench.file.key] = os.open("/dev/null", os.O_RDONLY)
+    assert control.register(consumer.register) is None
+    assert marked[-1]
+    tracer._end_lease()
+    assert marked[-1] == {}
+
+
 def test_who_waits_while_other_marks_are_set_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mark is in force from its own request on, not from the end of all of them."""
     monkeypatch.setattr(fanotify, "unsupported", lambda: "")
