@@ -87,6 +87,8 @@ class Consumer:
     return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
     """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
+    of_process: dict[tuple[int, int], set[tuple[int, int, int, int]]] = field(default_factory=dict)
+    """Keys of ``targets``, by process, until that ends: many may end in a second, and a probe has thousands of targets."""
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
     outages: Outages = field(default_factory=Outages)
     coverage: CoverageLog = field(default_factory=CoverageLog)
@@ -521,6 +523,7 @@ class Table:
                 known = consumer.targets.get(key)
                 if known is not None and known.state != "gone":
                     continue
+                consumer.of_process.setdefault(key[:2], set()).add(key)
                 consumer.targets[key] = TargetState(
                     pid=identity.pid,
                     start_time=identity.start_time,
@@ -625,6 +628,7 @@ class Table:
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
                     consumer.outages.end(key, time.monotonic_ns())
+                    consumer.of_process.setdefault(key[:2], set()).add(key)
                     target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
@@ -701,8 +705,9 @@ class Table:
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._now.consumers:  # the dictionary is the control thread's
-                for key, state in consumer.targets.items():
-                    if key[:2] == identity and state.state != "gone":
+                for key in consumer.of_process.pop(identity, ()):
+                    state = consumer.targets.get(key)
+                    if state is not None and state.state != "gone":
                         state.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)

@@ -71,15 +71,15 @@ def test_a_process_ends_while_a_probe_comes() -> None:
     another = register("another", [bench.file.plan(OFFSET)])
     control = threading.Thread(target=lambda: bench.table.publish(another, HitRing))
 
-    class Targets(dict):  # type: ignore[type-arg]
-        def items(self):  # type: ignore[no-untyped-def]
+    class Keys(dict):  # type: ignore[type-arg]
+        def pop(self, *args):  # type: ignore[no-untyped-def]
             if not control.is_alive():
                 control.start()
             while bench.table.consumer("another") is None:
                 os.sched_yield()
-            return super().items()
+            return super().pop(*args)
 
-    consumer.targets = Targets(consumer.targets)
+    consumer.of_process = Keys(consumer.of_process)
     ended: list[int] = []
     bench.table.on_exit = lambda identity, status: ended.append(identity.pid)
     bench.table.exited(ProcessId(process.pid, process.start_time), 0)
