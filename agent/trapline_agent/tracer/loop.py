@@ -380,13 +380,14 @@ class Tracer:
             )
 
         def ring() -> HitRing:
-            return HitRing(
+            made = HitRing(
                 message.fetches,
                 max_hits=message.max_hits,
                 returns=message.returns,
                 on_data=self._shipper.data,
-                on_limit=lambda: self._post(lambda: self._complete(message.probe)),
+                on_limit=lambda: self._post(lambda: self._complete(message.probe, made)),
             )
+            return made
 
         known = self._table.consumer(message.probe)
         before = None if known is None else (known.register, known.plans)
@@ -406,6 +407,8 @@ class Tracer:
                 self._table.retract(message, *before)
                 followed = self._engine.processes
                 self._look(lambda: self._table.concerned(consumer, followed()), "reconcile", lambda _: done(error))
+            elif self._table.consumer(message.probe) is not consumer or consumer.register is not message:
+                done(error)  # it was taken out, or another registration came, which has a look of its own
             else:
                 # Out by the way that any probe goes out, which lists the processes again (semantics R5).
                 self._unregister(message.probe, lambda: done(error))
@@ -441,8 +444,10 @@ class Tracer:
         self._stats.pop(consumer.probe, None)
         self._shipper.data()
 
-    def _complete(self, probe: str) -> None:
-        if self._table.consumer(probe) is not None:
+    def _complete(self, probe: str, ring: HitRing) -> None:
+        """A ring is full; its probe may have been taken out since, and registered again."""
+        consumer = self._table.consumer(probe)
+        if consumer is not None and consumer.ring is ring:
             self._unregister(probe, lambda: self._shipper.send(m.Completed(probe=probe)))
 
     def _take_all_out(self) -> None:
@@ -595,6 +600,7 @@ class Tracer:
         if self._table.consumers:
             log.warning("the agent has not been heard of for %.3g s: everything is taken out", self._lease_s)
         self._take_all_out()
+        self._set_marks()
         self._hook.watch([])
         if self._agent is not None:
             # It hangs. It is told, in case it wakes up, and is treated as one that is gone: it has to connect again.

@@ -87,6 +87,8 @@ class Consumer:
     return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
     """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
+    of_process: dict[tuple[int, int], set[tuple[int, int, int, int]]] = field(default_factory=dict)
+    """Keys of ``targets``, by process, until that ends: many may end in a second, and a probe has thousands of targets."""
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
     outages: Outages = field(default_factory=Outages)
     coverage: CoverageLog = field(default_factory=CoverageLog)
@@ -332,12 +334,12 @@ class Table:
             target.since_ns = time.time_ns()
             why = message or "within its budget again"
             log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
-        was, target.state, target.message = target.state, state, message
+        target.state, target.message = state, message
         target.reason = _OVER_BUDGET if verdict else ""
         # One that is throttled is in and out all the time: ``covered`` says how much.
         if state == State.TRIPPED.text:
             consumer.coverage.end(key, time.time_ns())
-        elif was == State.TRIPPED.text:
+        elif key not in consumer.coverage:  # it was tripped, or began its life left out
             consumer.coverage.begin(
                 key, msgspec.structs.replace(target, state="armed", hook="budget", may_have_missed=True, message=_BACK)
             )
@@ -410,8 +412,9 @@ class Table:
     def mark_ended(self) -> None:
         """Marks targets in processes that are no more as gone. The engine tells of those that it follows; of a process that
         refused, nobody does."""
+        living: set[tuple[int, int]] = set(self.meters.processes())  # some ended before they were followed
         with self._lock:
-            living = {k[:2] for c in self._consumers.values() for k, t in c.targets.items() if t.state != "gone"}
+            living |= {k[:2] for c in self._now.consumers for k, t in c.targets.items() if t.state != "gone"}
         for identity in living:
             try:
                 if self._proc.start_time(identity[0]) == identity[1]:
@@ -520,6 +523,7 @@ class Table:
                 known = consumer.targets.get(key)
                 if known is not None and known.state != "gone":
                     continue
+                consumer.of_process.setdefault(key[:2], set()).add(key)
                 consumer.targets[key] = TargetState(
                     pid=identity.pid,
                     start_time=identity.start_time,
@@ -546,6 +550,7 @@ class Table:
                         target.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
+                        consumer.coverage.end(key, time.time_ns())
         self._on_change()
 
     def is_meant(self, pid: int, file: FileKey) -> bool:
@@ -623,6 +628,7 @@ class Table:
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
                     consumer.outages.end(key, time.monotonic_ns())
+                    consumer.of_process.setdefault(key[:2], set()).add(key)
                     target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
@@ -698,9 +704,10 @@ class Table:
         now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
-            for consumer in self._consumers.values():
-                for key, state in consumer.targets.items():
-                    if key[:2] == identity and state.state != "gone":
+            for consumer in self._now.consumers:  # the dictionary is the control thread's
+                for key in consumer.of_process.pop(identity, ()):
+                    state = consumer.targets.get(key)
+                    if state is not None and state.state != "gone":
                         state.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)

@@ -93,7 +93,7 @@ class Group:
                         continue  # ours: a clone that the kernel attached for us, whose first stop will tell
                     raise
                 self.add(process, tid)
-                seized = True
+                seized = process.unsettled = True
 
     def is_ours(self, tid: int) -> bool:
         """Whether this thread traces it. Raises OSError where that cannot be known now."""
@@ -120,8 +120,14 @@ class Group:
             found = self.seize_sharers(process)
             self.settle_group(memory)
             if not found and process.execs == execs:
+                for sharer in self.sharers(memory):
+                    sharer.unsettled = False
                 return
             memory = process.memory
+
+    def is_unsettled(self, memory: AddressSpace) -> bool:
+        """Whether threads that have this memory were seized and have not settled since."""
+        return any(p.unsettled for p in self.sharers(memory))
 
     def settle_group(self, memory: AddressSpace) -> None:
         for process in self.sharers(memory):

@@ -504,7 +504,8 @@ class TraceThread(threading.Thread):
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
-                if child not in self._group.threads:
+                # It may have been born, and have ended, before this is told: its number may be another's next.
+                if child not in self._group.threads and self._is_mine(child):
                     self._fork_parents[child] = thread.process
                     self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
@@ -620,6 +621,7 @@ class TraceThread(threading.Thread):
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
+        process.unsettled = False
         old, process.memory = process.memory, fresh
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
@@ -753,12 +755,14 @@ class TraceThread(threading.Thread):
                 for sharer in sharers:
                     sharer.released = False
                     seized |= self._group.seize(sharer)
-                if self._group.seize_sharers(process) or seized:
+                if self._group.seize_sharers(process) or seized or self._group.is_unsettled(process.memory):
                     self._group.settle_all(process)
             except OSError:
                 for sharer in sharers:
                     sharer.released = True  # nothing was written: all of this is to be done again first
                 raise
+        elif self._group.is_unsettled(process.memory) and not process.memory.sites:
+            self._group.settle_all(process)  # whoever seized it has not come to that, or it took too long
         self._reconcile(process, cause)
         return True
 
@@ -775,10 +779,10 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid) or TracedProcess.open(pid)
         fresh = pid not in self._group.processes
         try:
-            seized = self._group.seize(process)
+            self._group.seize(process)
             for sharer in self._group.sharers(process.memory):
                 sharer.released = False
-                seized |= self._group.seize(sharer)
+                self._group.seize(sharer)
         except OSError:
             if fresh:
                 self._group.abandon(process)
@@ -786,6 +790,7 @@ class TraceThread(threading.Thread):
             raise
         if fresh:
             self._group.processes[pid] = process
+            self._followed = True
             self._engine.adopted(process, self)
         if mapper.tid not in process.threads:
             raise ProcessLookupError(f"thread {mapper.tid} is gone")
@@ -799,7 +804,7 @@ class TraceThread(threading.Thread):
         elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
             process.lingering = not process.memory.sites
             raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
-        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.awaited[mapper.tid] = Awaited(mapper, process.unsettled or self._group.is_unsettled(process.memory))
         process.lingering = False
 
     def _arm_mapper(self, thread: Thread, stop: int) -> None:
@@ -827,7 +832,10 @@ class TraceThread(threading.Thread):
         memory = process.memory
         if self._group.processes.get(process.id.pid) is not process:
             return  # it ended, or was let go, while it settled
-        if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
+        if memory.users > 1 and (first := next(iter(self._group.sharers(memory)), process)) is not process:
+            # What is in their memory is entered with the first of those that share it; a birth changes nothing there.
+            if cause != "fork" and _lives(first.id.pid):
+                self._reconcile(first, cause)
             return
         try:
             wanted = procfs.tried(lambda: self._observer.wanted(process.id, cause, parent))
