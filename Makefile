@@ -99,9 +99,13 @@ torture: setup ## tests/torture at full length: storms, kills and failures by th
 	TRAPLINE_TORTURE=long $(BIN)/python -m pytest tests/torture -v -o faulthandler_timeout=1800 $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: setup ## measure: cost of a hit beside gdb and python-ptrace, hits/s end to end
-	$(BIN)/python -m benchmarks.engines.ptrace
+bench: bench-engines ## measure: all of it
+	$(BIN)/python -m benchmarks.engines.killed
 	$(BIN)/python -m benchmarks.pipeline.end_to_end
+
+.PHONY: bench-engines
+bench-engines: setup ## measure: cost of a hit, of attaching, of standing by, beside gdb, bpftrace and others that are here; 5 minutes
+	$(BIN)/python -m benchmarks.engines $(BENCH_ARGS)
 
 # --- keep ------------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
+from trapline_agent.engines.journal import Journal, boot_id, parse, pid_namespace
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FetchPlan, SitePlan
@@ -66,7 +69,11 @@ class Host:
         world = World() if make is FakeEngine else None
         self.table = Table(proc=world)
         self.table.self_pids = frozenset((os.getpid(),))
-        self.engine = make(self.table) if world is None else FakeEngine(self.table, world)
+        self.journal = Journal(os.memfd_create("journal", os.MFD_CLOEXEC)) if make is PtraceEngine else None
+        if make is PtraceEngine:
+            self.engine: Engine = PtraceEngine(self.table, self.journal)
+        else:
+            self.engine = make(self.table) if world is None else FakeEngine(self.table, world)
         self.looks = Looks(self.engine)
         self.files = Files() if world is None else SimulatedFiles(world)
         if world is None:
@@ -158,6 +165,12 @@ class Host:
         for consumer in self.table.consumers:
             self.unregister(consumer.probe)
         self.engine.close()
+        if self.journal is not None:
+            data = os.pread(self.journal.fd, os.fstat(self.journal.fd).st_size, 0)
+            os.close(self.journal.fd)
+            entries = [e for _, e in parse(data, boot_id(), pid_namespace()).entries]
+            left = [e for e, outcome in restore_all(entries, kin_of=entries) if outcome is Outcome.RESTORED]
+            assert not left, f"all was taken out, but for {left}"
 
 
 class Probe:

@@ -215,6 +215,7 @@ def no_descriptors(call: Call) -> int:
     return errno.EMFILE if call.kind == "open" else 0
 
 
+@pytest.mark.slack  # a page cannot be mapped without a descriptor: see test_slots
 @pytest.mark.parametrize("kind", ["fork", "vfork", "spawn", "clone", "thread"])
 def test_no_descriptors_are_left_for_a_birth(host: Host, targets: Targets, faults: Faults, kind: str) -> None:
     program = targets.build("forks")
@@ -251,6 +252,7 @@ def test_no_descriptors_are_left_for_an_exec(host: Host, targets: Targets, fault
         clean(host, child, command)
 
 
+@pytest.mark.slack
 def test_no_descriptors_are_left_for_a_dlopen(host: Host, targets: Targets, faults: Faults) -> None:
     library = targets.library()
     with targets.run("dl", library) as child:

@@ -49,6 +49,11 @@ def read(path: str, limit: int = 1 << 16) -> bytes:
         _raise(e, path)
 
 
+def pids() -> list[int]:
+    """Returns the processes that there are now."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
 def tasks(pid: int) -> list[int]:
     """Returns the thread ids of a process."""
     try:
@@ -98,6 +103,11 @@ def has_ended(pid: int, tid: int) -> bool:
         return stat_fields(pid, tid)[0] in (b"Z", b"X")
     except ProcessLookupError:
         return True
+
+
+def has_memory(pid: int) -> bool:
+    """Whether a process has an address space: kernel threads have none, nor has what has ended."""
+    return not read(f"/proc/{pid}/statm").startswith(b"0 ")
 
 
 def live_task(pid: int) -> int:

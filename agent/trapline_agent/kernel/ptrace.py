@@ -7,7 +7,7 @@ other calls ``waitpid(-1)``, has no SEIZE and drops foreign SIGTRAPs.
 Every call must come from the thread that seized the tracee; ptrace answers ESRCH to any other (ptrace(2), "Notes").
 Requests on a stopped tracee do not block, so they keep the interpreter lock (PyDLL), which saves giving it up and fighting
 for it again several times a hit. SEIZE can block (on cred_guard_mutex while the tracee is in execve) and gives it up, as
-waiting does.
+waiting does; kcmp and tgkill do not block either.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from ptrace.binding.func import (
@@ -37,6 +38,7 @@ from ptrace.binding.func import (
     PTRACE_SETREGS,
     PTRACE_SETSIGINFO,
     PTRACE_SINGLESTEP,
+    PTRACE_SYSCALL,
     REGISTER_NAMES,
     ptrace_registers_t,
 )
@@ -61,17 +63,18 @@ SI_KERNEL: Final = 0x80
 REGISTERS_BYTES: Final[int] = ctypes.sizeof(ptrace_registers_t)
 SIGINFO_BYTES: Final = 128
 
-_fast = ctypes.PyDLL(None, use_errno=True).ptrace
-_fast.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_holding = ctypes.PyDLL(None, use_errno=True)
+_fast = _holding.ptrace
+# Without `argtypes`, whose conversions take as long as the system call. So a number is passed as a C int: what may be
+# longer, an address or a register, has to be a ``Pointer``, made beforehand where it is needed at each hit.
 _fast.restype = ctypes.c_long
+Pointer = ctypes.c_void_p
 _libc = ctypes.CDLL(None, use_errno=True)
 _slow = _libc.ptrace
-_slow.argtypes = _fast.argtypes
+_slow.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _slow.restype = ctypes.c_long
 _waitpid = _libc.waitpid
-_waitpid.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-_waitpid.restype = ctypes.c_int
-_syscall = _libc.syscall
+_syscall = _holding.syscall
 
 
 def _fail(what: str, tid: int) -> OSError:
@@ -112,6 +115,12 @@ def single_step(tid: int) -> None:
         raise _fail("PTRACE_SINGLESTEP", tid)
 
 
+def to_system_call(tid: int) -> None:
+    """Lets a stopped thread go on until it enters or leaves a system call (PTRACE_SYSCALL)."""
+    if _fast(PTRACE_SYSCALL, tid, None, None) < 0:
+        raise _fail("PTRACE_SYSCALL", tid)
+
+
 def detach(tid: int, signal: int = 0) -> None:
     """Lets a stopped thread go for good."""
     if _fast(PTRACE_DETACH, tid, None, signal or None) < 0:
@@ -121,7 +130,7 @@ def detach(tid: int, signal: int = 0) -> None:
 def event_message(tid: int) -> int:
     """Returns what the last PTRACE_EVENT stop has to tell: the new child's id, or at exec the caller's former tid."""
     value = ctypes.c_ulong()
-    if _fast(PTRACE_GETEVENTMSG, tid, None, ctypes.addressof(value)) < 0:
+    if _fast(PTRACE_GETEVENTMSG, tid, None, ctypes.byref(value)) < 0:
         raise _fail("PTRACE_GETEVENTMSG", tid)
     return value.value
 
@@ -129,7 +138,7 @@ def event_message(tid: int) -> int:
 def signal_mask(tid: int) -> int:
     """Returns a stopped thread's blocked signals, bit n-1 for signal n (PTRACE_GETSIGMASK)."""
     mask = ctypes.c_uint64()
-    if _fast(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(mask)) < 0:
+    if _fast(PTRACE_GETSIGMASK, tid, 8, ctypes.byref(mask)) < 0:
         raise _fail("PTRACE_GETSIGMASK", tid)
     return mask.value
 
@@ -137,7 +146,7 @@ def signal_mask(tid: int) -> int:
 def set_signal_mask(tid: int, mask: int) -> None:
     """Sets a stopped thread's blocked signals (PTRACE_SETSIGMASK)."""
     value = ctypes.c_uint64(mask)
-    if _fast(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(value)) < 0:
+    if _fast(PTRACE_SETSIGMASK, tid, 8, ctypes.byref(value)) < 0:
         raise _fail("PTRACE_SETSIGMASK", tid)
 
 
@@ -147,9 +156,9 @@ class RegisterFile:
 
     def __init__(self) -> None:
         self._buffer = (ctypes.c_ubyte * REGISTERS_BYTES)()
-        self._address = ctypes.addressof(self._buffer)
+        self._address = Pointer(ctypes.addressof(self._buffer))
         self._info = (ctypes.c_ubyte * SIGINFO_BYTES)()
-        self._info_address = ctypes.addressof(self._info)
+        self._info_address = Pointer(ctypes.addressof(self._info))
         self._code = ctypes.c_int.from_buffer(self._info, 8)
         self._signo = ctypes.c_int.from_buffer(self._info, 0)
         self.words = memoryview(self._buffer).cast("B").cast("Q")
@@ -182,9 +191,19 @@ class RegisterFile:
             raise _fail("PTRACE_SETSIGINFO", tid)
 
 
+_MAX_POINTERS: Final = 4096
+_pointers: dict[int, Pointer] = {}
+"""Made once for each value: an instruction pointer is set to the same few at every hit."""
+
+
 def poke_user(tid: int, offset: int, value: int) -> None:
     """Sets one word of ``struct user`` (a register at eight times its index)."""
-    if _fast(PTRACE_POKEUSER, tid, offset, value) < 0:
+    pointer = _pointers.get(value)
+    if pointer is None:
+        if len(_pointers) >= _MAX_POINTERS:
+            _pointers.clear()
+        pointer = _pointers[value] = Pointer(value)
+    if _fast(PTRACE_POKEUSER, tid, offset, pointer) < 0:
         raise _fail("PTRACE_POKEUSER", tid)
 
 
@@ -194,7 +213,7 @@ WORD: Final = 8
 def peek(tid: int, addr: int) -> bytes:
     """Returns 8 bytes of a stopped thread's memory (PTRACE_PEEKDATA). Raises OSError EIO where nothing is mapped."""
     ctypes.set_errno(0)
-    word = int(_fast(PTRACE_PEEKDATA, tid, addr, None))
+    word = int(_fast(PTRACE_PEEKDATA, tid, Pointer(addr), None))
     if word == -1 and ctypes.get_errno():
         raise _fail("PTRACE_PEEKDATA", tid)
     return (word & 2**64 - 1).to_bytes(WORD, "little")
@@ -202,7 +221,7 @@ def peek(tid: int, addr: int) -> bytes:
 
 def poke(tid: int, addr: int, word: bytes) -> None:
     """Writes 8 bytes to a stopped thread's memory, code too (PTRACE_POKEDATA). Raises OSError: EIO, nothing is mapped."""
-    if _fast(PTRACE_POKEDATA, tid, addr, int.from_bytes(word, "little")) < 0:
+    if _fast(PTRACE_POKEDATA, tid, Pointer(addr), Pointer(int.from_bytes(word, "little"))) < 0:
         raise _fail("PTRACE_POKEDATA", tid)
 
 
@@ -214,7 +233,7 @@ class Waiter:
 
     def __init__(self) -> None:
         self._status = ctypes.c_int()
-        self._address = ctypes.addressof(self._status)
+        self._address = ctypes.byref(self._status)
 
     def wait(self, tid: int = -1, *, block: bool = True) -> tuple[int, int]:
         """Waits for a change of state of a tracee.
@@ -245,6 +264,27 @@ def same_address_space(a: int, b: int) -> bool:
     if result < 0:
         raise _fail("kcmp", b)
     return result == 0
+
+
+def sharers(task: int, others: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Compares a live thread's address space with others'.
+
+    Returns:
+        (those that have the same, those of which kcmp says nothing: ended, not ours to ask).
+
+    Raises:
+        OSError: it cannot be known now.
+    """
+    found, unknown = [], []
+    for other in others:
+        result = _syscall(_SYS_KCMP, task, other, _KCMP_VM, 0, 0)
+        if result == 0:
+            found.append(other)
+        elif result < 0:
+            if ctypes.get_errno() not in NO_KCMP:
+                raise _fail("kcmp", other)
+            unknown.append(other)
+    return found, unknown
 
 
 _SYS_TGKILL: Final = 234

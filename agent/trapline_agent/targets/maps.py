@@ -42,6 +42,10 @@ class Mapping(NamedTuple):
     def file(self) -> FileKey:
         return FileKey(self.dev, self.inode)
 
+    def is_of(self, file: FileKey) -> bool:
+        """Whether it maps this file."""
+        return self.inode == file.inode and self.dev == file.dev
+
     @property
     def writable(self) -> bool:
         return self.prot[1] == "w"
@@ -113,6 +117,11 @@ def _mapping(m: re.Match[bytes]) -> Mapping:
 def executable_mappings(pid: int) -> list[Mapping]:
     """Returns the executable file mappings of a process, by address. Raises as ``read_maps``."""
     return parse_maps(read_maps(pid))
+
+
+def is_mapped(mappings: Iterable[Mapping], file: FileKey, offset: int, addr: int) -> bool:
+    """Whether an offset of a file is mapped at an address."""
+    return any(m.is_of(file) and m.addr(offset) == addr for m in mappings)
 
 
 def content_at(pid: int, addr: int, length: int) -> bytes | None:

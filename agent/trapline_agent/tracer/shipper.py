@@ -25,7 +25,7 @@ _MAX_CONTROL = 10_000
 
 
 class Shipper:
-    """Sends control messages in order, and what the rings hold, at most every ``FLUSH_S``."""
+    """Sends control messages in order and at once, and what the rings hold: with them, or every ``FLUSH_S``."""
 
     def __init__(
         self, drain: Callable[[], list[tuple[HitRing, int, bytes]]], on_failure: Callable[[], None] = lambda: None
@@ -39,6 +39,8 @@ class Shipper:
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._urgent = threading.Event()
+        """A control message waits: somebody may wait for it."""
         self._control: deque[bytes] = deque()
         self._settled: list[threading.Event] = []
         self._greeting = b""
@@ -69,6 +71,7 @@ class Shipper:
             if self._socket is None or (isinstance(message, m.Mapped) and len(self._control) >= _MAX_CONTROL):
                 return
             self._control.append(m.frame(message))
+        self._urgent.set()
         self._wake.set()
 
     def data(self) -> None:
@@ -128,12 +131,13 @@ class Shipper:
             while not self._closing:
                 self._wake.wait()
                 self._wake.clear()
+                self._urgent.clear()
                 started = time.monotonic()
                 self._flush()
-                # A steady stream is sent in batches: no sooner than FLUSH_S after the last.
+                # A steady stream of hits is sent in batches: no sooner than FLUSH_S after the last.
                 rest = FLUSH_S - (time.monotonic() - started)
-                if rest > 0 and not self._control and not self._closing:
-                    time.sleep(rest)
+                if rest > 0 and not self._closing:
+                    self._urgent.wait(rest)
             self._flush()  # what came during the last pause
         except Exception:
             log.exception("what sends to the agent failed; the tracer ends")
@@ -142,6 +146,7 @@ class Shipper:
     def close(self) -> None:
         """Sends the rest and ends the thread. An agent that does not take it in ``_CLOSE_S`` loses it."""
         self._closing = True
+        self._urgent.set()
         self._wake.set()
         self._thread.join(_CLOSE_S)
         while self._thread.is_alive():

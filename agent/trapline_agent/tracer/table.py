@@ -159,8 +159,14 @@ class _Parents(dict[int, int]):
 class _Snapshot:
     consumers: tuple[Consumer, ...] = ()
     by_file: Mapping[FileKey, tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
+    by_site: Mapping[tuple[FileKey, int], tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
+    """The uprobes: by (file, offset), each with its consumers."""
     loaders: Mapping[FileKey, SitePlan] = field(default_factory=dict)
     unwinders: Mapping[FileKey, Mapping[int, SitePlan]] = field(default_factory=dict)
+
+    def of(self, plan: SitePlan) -> tuple[tuple[SitePlan, Consumer], ...]:
+        """Returns who wants the instruction of a plan, each with its own plan."""
+        return self.by_site.get((plan.file, plan.offset), ())
 
 
 class Table:
@@ -265,14 +271,17 @@ class Table:
 
     def _renew(self) -> None:
         by_file: dict[FileKey, list[tuple[SitePlan, Consumer]]] = {}
+        by_site: dict[tuple[FileKey, int], list[tuple[SitePlan, Consumer]]] = {}
         for consumer in self._consumers.values():
-            for plan in consumer.plans.values():
+            for key, plan in consumer.plans.items():
                 by_file.setdefault(plan.file, []).append((plan, consumer))
+                by_site.setdefault(key, []).append((plan, consumer))
         if not any(c.register.returns for c in self._consumers.values()):
             self._places.clear()
         self._now = _Snapshot(
             tuple(self._consumers.values()),
             {f: tuple(s) for f, s in by_file.items()},
+            {k: tuple(s) for k, s in by_site.items()},
             dict(self._loaders),
             dict(self._unwinders),
         )
@@ -446,10 +455,10 @@ class Table:
         mappings = maps.parse_maps(self._proc.maps(identity.pid))
 
         def still_mapped(addr: int, plan: SitePlan) -> bool:
-            return any(m.file == plan.file and m.addr(plan.offset) == addr for m in mappings)
+            return maps.is_mapped(mappings, plan.file, plan.offset, addr)
 
         def places(plan: SitePlan) -> list[int]:
-            return [a for m in mappings if m.file == plan.file and (a := m.addr(plan.offset)) is not None]
+            return [a for m in mappings if m.is_of(plan.file) and (a := m.addr(plan.offset)) is not None]
 
         sites: dict[int, SiteRequest] = {}
         interested: dict[int, list[Consumer]] = {}
@@ -596,9 +605,7 @@ class Table:
         changed = False
         with self._lock:
             for report in reports:
-                for plan, consumer in self._now.by_file.get(report.plan.file, ()):
-                    if plan.offset != report.plan.offset:
-                        continue
+                for plan, consumer in self._now.of(report.plan):
                     key = (identity.pid, identity.start_time, plan.site, report.addr)
                     known = consumer.targets.get(key)
                     # A site is there for all its consumers, but each has its own processes (semantics R16).
@@ -628,7 +635,10 @@ class Table:
                         cause=cause,
                         hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=bool(missed) and state == "armed",
+                        # Refused after all: calls since are not counted.
+                        may_have_missed=bool(missed)
+                        if state == "armed"
+                        else state == "refused" and known is not None and known.state == "armed",
                         reason=report.reason,
                         message=report.message
                         or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
@@ -673,12 +683,11 @@ class Table:
             return True
         if plan.offset in now.unwinders.get(plan.file, {}) and any(c.register.returns for c in now.consumers):
             return True
-        return any(other.offset == plan.offset for other, _ in now.by_file.get(plan.file, ()))
+        return bool(now.of(plan))
 
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
-        for other, consumer in self._now.by_file.get(plan.file, ()):
-            if other.offset == plan.offset:
-                consumer.ring.overhead_ns.append(held_ns)
+        for _, consumer in self._now.of(plan):
+            consumer.ring.overhead_ns.append(held_ns)
 
     def exited(self, identity: ProcessId, status: int | None) -> None:
         self._gone(identity)
@@ -735,7 +744,7 @@ def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[Fil
     slack_addr = 0
     if plan.slack_len:
         for other in mappings:
-            if other.file != plan.file or other.writable or other.shared:
+            if not other.is_of(plan.file) or other.writable or other.shared:
                 continue
             at = other.addr(plan.slack_offset)
             # A file may be mapped twice: a slot is only of use near its site.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, Literal, Protocol
 
 from iced_x86 import (
@@ -130,6 +130,7 @@ class StepPlan:
         return Decoder(64, self.code, ip=addr).decode()
 
 
+@lru_cache(maxsize=4096)
 def plan_step(code: bytes, vaddr: int = 0) -> StepPlan:
     """Decides how the instruction at the start of ``code`` will be run from elsewhere.
 
@@ -201,7 +202,10 @@ def _encode(insn: Instruction, at: int) -> bytes:
     insn.ip = 0
     block = BlockEncoder(64)
     block.add(insn)
-    return bytes(block.encode(at))
+    try:
+        return bytes(block.encode(at))
+    except ValueError as e:
+        raise Unsupported(f"`{_format(insn)}` cannot be run at {at:#x}: {e}", reason="OutOfReach") from e
 
 
 def _jmp(at: int, target: int) -> bytes:

@@ -18,26 +18,28 @@ class Attaching:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._busy: set[int] = set()
+        self._busy: dict[int, int] = {}
+        """By pid: a thread that lived when it began."""
         self._paused = 0
 
     @contextlib.contextmanager
     def alone(self, pid: int, timeout: float | None = None) -> Iterator[None]:
         """To be around an attach: waits until nobody else is at this process, nor at one that shares its memory. Raises
         TimeoutError where that is not so within ``timeout`` s."""
+        task = _live_task(pid)
 
         def free() -> bool:
-            return not self._paused and not any(o == pid or _share_memory(o, pid) for o in self._busy)
+            return not self._paused and not any(p == pid or _share_memory(t, task) for p, t in self._busy.items())
 
         with self._changed:
             if not self._changed.wait_for(free, timeout):
                 raise TimeoutError(f"process {pid} is being attached to")
-            self._busy.add(pid)
+            self._busy[pid] = task
         try:
             yield
         finally:
             with self._changed:
-                self._busy.discard(pid)
+                del self._busy[pid]
                 self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -58,8 +60,15 @@ class Attaching:
             return self._changed.wait_for(lambda: not self._busy, timeout)
 
 
+def _live_task(pid: int) -> int:
+    try:
+        return procfs.live_task(pid)
+    except OSError:
+        return pid  # gone, or not to be known now: whoever attaches it finds out
+
+
 def _share_memory(one: int, other: int) -> bool:
     try:
-        return ptrace.same_address_space(procfs.live_task(one), procfs.live_task(other))
+        return ptrace.same_address_space(one, other)
     except OSError:
         return False  # one of them has ended

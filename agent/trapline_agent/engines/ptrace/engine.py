@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.journal import Journal
 from trapline_agent.engines.ptrace.attaching import Attaching
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
@@ -33,9 +34,15 @@ class PtraceEngine:
     traps = True
     """See ``Capabilities``."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, journal: Journal | None = None) -> None:
+        """
+        Args:
+            observer: asked and told.
+            journal: of what is written into processes; None: nobody is to clean up after our being killed.
+        """
         signal.signal(DOORBELL, lambda signum, frame: None)
         self.observer = observer
+        self._journal = journal
         self._lock = threading.Lock()
         self._threads: dict[int, TraceThread] = {}
         self._processes: dict[int, TracedProcess] = {}
@@ -142,19 +149,30 @@ class PtraceEngine:
             self._refuse(process, wanted, cause, "BusyForking", f"{why}; it is tried again every second")
 
     def _attach(self, process: ProcessId, cause: str, wanted: Wanted) -> None:
-        for other in self.processes():
-            if other != process and _share(other.pid, process.pid):
-                with self._lock:
-                    sharer = self._threads.get(other.pid)
-                if sharer is not None:
-                    sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
-                    return
+        with self._lock:
+            followed = {p.live_task(): p for p in self._processes.values() if p.id != process}
+        sharing, unknown = ptrace.sharers(procfs.live_task(process.pid), list(followed)) if followed else ([], [])
+        for task in sharing:
+            other = followed[task].id
+            with self._lock:
+                sharer = self._threads.get(other.pid)
+            if sharer is not None:
+                sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                return
+        # The others do not share its memory, and while they are followed their numbers are not given to some that might.
+        apart = {p.id.pid: p for task, p in followed.items() if task not in unknown}
+
+        def is_apart(pid: int) -> bool:
+            return pid in apart and self._processes.get(pid) is apart[pid]
+
+        seizer = 0
         try:
-            if not self._attach_beside_parent(process, cause):
+            if not self._attach_beside_parent(process, cause, is_apart):
                 thread = self._start()
-                thread.call(lambda: thread.attach(process.pid, cause))
+                seizer = thread.native_id or 0
+                thread.call(lambda: thread.attach(process.pid, cause, is_apart))
         except PermissionError as e:
-            reason, message = _why_not(process.pid, e, thread.native_id or 0)
+            reason, message = _why_not(process.pid, e, seizer)
             if reason:
                 self._refuse(process, wanted, cause, reason, message)
         except (ProcessLookupError, TimeoutError):
@@ -162,7 +180,7 @@ class PtraceEngine:
         except OSError as e:
             self._refuse(process, wanted, cause, "AttachFailed", str(e))
 
-    def _attach_beside_parent(self, process: ProcessId, cause: str) -> bool:
+    def _attach_beside_parent(self, process: ProcessId, cause: str, is_apart: Callable[[int], bool]) -> bool:
         """Attaches to a child of a followed process on the thread that follows that: it may have been made with
         CLONE_UNTRACED, and then has its parent's breakpoints. Returns whether there was such a thread."""
         parent = int(procfs.stat_fields(process.pid)[1])
@@ -171,7 +189,7 @@ class PtraceEngine:
         if thread is None:
             return False
         try:
-            thread.call(lambda: thread.attach(process.pid, cause, parent=parent))
+            thread.call(lambda: thread.attach(process.pid, cause, is_apart, parent=parent))
         except Ended:
             return False
         return True
@@ -179,14 +197,14 @@ class PtraceEngine:
     def _start(self) -> TraceThread:
         """Starts a tracer thread, when those that are ending have let all their tracees go: one of them half let go would
         look like one that the kernel attached to the new thread."""
-        with self._lock:
-            ending = {t for t in self._started if t.ended}
+        ending = [t for t in list(self._started) if t.ended]
         for old in ending:
             old.wait_gone()
+        thread = TraceThread(
+            self, self.observer, self._reaper, self._journal.watch if self._journal is not None else None
+        )
         with self._lock:
-            self._started -= ending
-        thread = TraceThread(self, self.observer, self._reaper)
-        with self._lock:
+            self._started.difference_update(ending)
             self._started.add(thread)
         thread.start()
         return thread
@@ -309,6 +327,7 @@ class PtraceEngine:
     # --- from the tracer threads -------------------------------------------------------------------------------------
 
     def adopted(self, process: TracedProcess, thread: TraceThread) -> None:
+        self._enter(process)
         with self._lock:
             self._threads[process.id.pid] = thread
             self._processes[process.id.pid] = process
@@ -319,7 +338,12 @@ class PtraceEngine:
                 self.comms.pop(pid, None)
 
     def renamed(self, process: TracedProcess) -> None:
+        self._enter(process)
         self.comms[process.id.pid] = process.comm
+
+    def _enter(self, process: TracedProcess) -> None:
+        if self._journal is not None and process.memory.records is None:
+            process.memory.journal(self._journal.space(*process.id, process.memory.fd))
 
     def again(self, pid: int) -> None:
         with self._lock:
@@ -336,16 +360,6 @@ class PtraceEngine:
                 self._threads.pop(process.id.pid, None)
         self._held.pop(process.id.pid, None)
         self.observer.exited(process.id, status)
-
-
-def _share(a: int, b: int) -> bool:
-    """Whether two processes share their memory. Raises OSError where that cannot be known now."""
-    try:
-        return ptrace.same_address_space(procfs.live_task(a), procfs.live_task(b))
-    except OSError as e:
-        if e.errno in ptrace.NO_KCMP:
-            return False
-        raise
 
 
 def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:

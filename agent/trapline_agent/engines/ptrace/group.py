@@ -36,7 +36,7 @@ class Group:
         self,
         waiter: ptrace.Waiter,
         reaper: Reaper,
-        serve: Callable[[int, int], None],
+        serve: Callable[[int, int], object],
         adopted: Callable[[TracedProcess], None],
         hurried: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -56,6 +56,8 @@ class Group:
         self.processes: dict[int, TracedProcess] = {}
         self.threads: dict[int, Thread] = {}
         """By tid, of all processes."""
+        self.is_apart: Callable[[int], bool] = lambda pid: False
+        """Whether a process is known not to share memory with the one that is being attached."""
 
     def seize(self, process: TracedProcess) -> bool:
         """Seizes all threads, until no new one is seen (semantics P5). Returns whether there was any to seize.
@@ -176,6 +178,8 @@ class Group:
                         ptrace.interrupt(thread.tid)
             while (change := self._waiter.wait(block=False))[0] > 0:
                 self._serve(*change)
+            if all(t.settled for t in list(process.threads.values())):
+                return True
             now = time.monotonic()
             if now > deadline or (not again and self._hurried()):
                 return False
@@ -205,14 +209,14 @@ class Group:
         found = False
         # A leader that has ended has no memory, as kernel threads have none: those would all be the same.
         asker = procfs.live_task(process.id.pid)
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit() or int(entry) in self.processes:
-                continue
-            pid = int(entry)
+        others = [p for p in procfs.pids() if p not in self.processes and not self.is_apart(p)]
+        for pid in ptrace.sharers(asker, others)[0]:
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
-                if _shares(asker, pid):
-                    self.join(pid, process.id.pid)
-                    found = True
+                if not procfs.has_memory(pid):
+                    # The one that is asked about has ended meanwhile: it shares nothing with kernel threads.
+                    return self.seize_sharers(process) or found
+                self.join(pid, process.id.pid)
+                found = True
         return found
 
     def join(self, pid: int, sharer: int) -> None:
@@ -256,10 +260,3 @@ class Group:
         """Strikes off all threads of a process."""
         for tid in list(process.threads):
             self.drop(process, tid)
-
-
-def _shares(a: int, b: int) -> bool:
-    try:
-        return ptrace.same_address_space(a, b)
-    except OSError:
-        return False  # a kernel thread, or not ours to ask

@@ -28,12 +28,15 @@ from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport,
 from trapline_agent.engines.frames import ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.pages import Diverted, SlotPages
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
+from trapline_agent.kernel.robust import DeathWatch
+from trapline_agent.targets import maps
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,10 +107,11 @@ class _Command(Generic[T]):
 class TraceThread(threading.Thread):
     """See the module. Methods that begin with an underscore run on the thread itself."""
 
-    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper) -> None:
+    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper, watch: DeathWatch | None = None) -> None:
         super().__init__(name="trapline-trace", daemon=True)
         self._engine = engine
         self._observer = observer
+        self._watch = watch
         self._lock = threading.Lock()
         self._commands: deque[_Command[object]] = deque()
         self._wake = threading.Event()
@@ -119,6 +123,7 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
+        self._pages = SlotPages(self._registers, self._waiter)
         self._group = Group(
             self._waiter,
             reaper,
@@ -131,6 +136,8 @@ class TraceThread(threading.Thread):
         """Calls that were in flight in a parent when it forked, by the id of the child."""
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
+        self._bereft = False
+        """One of our threads ended, and it may have been in a fork of which it told nothing."""
         self._forgotten: deque[TracedProcess] = deque(maxlen=16)
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
@@ -165,18 +172,26 @@ class TraceThread(threading.Thread):
     @property
     def ended(self) -> bool:
         """It takes no more commands, and is letting its tracees go or has done so."""
-        with self._lock:
-            return self._ended
+        return self._ended
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        held = self._watch.hold() if self._watch is not None else None
+        try:
+            self._run()
+        finally:
+            if self._watch is not None:
+                self._watch.let_go(held)
+
+    def _run(self) -> None:
         try:
             while not self._finished():
                 tid, status = self._waiter.wait()
-                if tid > 0:
-                    self._serve(tid, status)
-                elif tid < 0:
+                # Hits change nothing of what is looked after below, and who wants something rings: they are served in a row.
+                while tid > 0 and self._serve(tid, status) and not self._wake.is_set():
+                    tid, status = self._waiter.wait()
+                if tid < 0:
                     for process in list(self._group.processes.values()):
                         self._forget(process, None)
                     if not self._finished():
@@ -200,17 +215,16 @@ class TraceThread(threading.Thread):
             for command in rest:
                 command.fail(Ended())
 
-    def _serve(self, tid: int, status: int) -> None:
+    def _serve(self, tid: int, status: int) -> bool:
         """Serves a stop, and with several threads all others that wait too, in turn: waitpid goes by the kernel's list, and
-        one thread's next hit would overtake the others for ever."""
+        one thread's next hit would overtake the others for ever. Returns whether all of them were hits of probes."""
         if len(self._group.threads) <= 2:
-            self._handle(tid, status)
-            return
+            return self._handle(tid, status)
         changes = [(tid, status)]
         while (change := self._waiter.wait(block=False))[0] > 0:
             changes.append(change)
-        for change in changes:
-            self._handle(*change)
+        hits = [self._handle(*change) for change in changes]
+        return all(hits)
 
     def _finished(self) -> bool:
         with self._lock:
@@ -230,11 +244,12 @@ class TraceThread(threading.Thread):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
                 del self._fork_parents[tid]
-        if not self._fork_parents:
+        if not self._fork_parents and self._bereft:
             # A parent that is killed in its fork tells of no child.
             for entry in os.listdir("/proc"):
                 if entry.isdigit() and int(entry) not in self._group.threads and self._is_mine(int(entry)):
                     return True
+            self._bereft = False
         return bool(self._fork_parents)
 
     def _is_mine(self, tid: int) -> bool:
@@ -262,8 +277,8 @@ class TraceThread(threading.Thread):
             process.awaited.clear()
             process.lingering = True
 
-    def _handle(self, tid: int, status: int) -> None:
-        """Serves one change of state. A failure here must not leave a thread stopped.
+    def _handle(self, tid: int, status: int) -> bool:
+        """Serves one change of state; returns whether it was a hit of a probe. A failure must not leave a thread stopped.
 
         One that failed is served again, so whoever serves it changes our tables only when all that may fail is done. (A
         thread that goes on already answers ESRCH to everything.)
@@ -271,16 +286,16 @@ class TraceThread(threading.Thread):
         for _ in range(_TRIES):
             try:
                 if status == _SIGTRAP_STOP and (thread := self._group.threads.get(tid)) is not None:
-                    self._trap(thread)
-                else:
-                    self._other(tid, status)
-                return
+                    return self._trap(thread)
+                self._other(tid, status)
+                return False
             except ProcessLookupError:
-                return  # killed meanwhile: its end is reported to us too
+                return False  # killed meanwhile: its end is reported to us too
             except Exception:
                 log.exception("serving thread %d failed", tid)
         with contextlib.suppress(OSError):
             self._let_go_on(tid, status)
+        return False
 
     def _let_go_on(self, tid: int, status: int) -> None:
         """Lets a thread go on whose stop could not be served: with its signal, or to run into the trap again."""
@@ -324,7 +339,8 @@ class TraceThread(threading.Thread):
 
     # --- hits --------------------------------------------------------------------------------------------------------
 
-    def _trap(self, thread: Thread) -> None:
+    def _trap(self, thread: Thread) -> bool:
+        """Serves a SIGTRAP; returns whether it was a hit of a probe that is wanted."""
         ts = time.monotonic_ns()
         tid = thread.tid
         registers, words = self._registers, self._words
@@ -334,9 +350,12 @@ class TraceThread(threading.Thread):
         site = memory.sites.get(addr)
         if site is None or registers.signal_code(tid) != ptrace.SI_KERNEL:
             self._foreign_trap(thread, addr)
-            return
+            return False
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
-        self._stepper.leave_trap(thread, site)
+        if not site.paged or memory.runs_paged(site):
+            self._stepper.leave_trap(thread, site)
+        elif not self._leave_by_new_slot(thread, site):
+            return False
         call = None
         site.tally.traps += 1
         try:
@@ -368,6 +387,53 @@ class TraceThread(threading.Thread):
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
+        return not site.is_hook
+
+    def _leave_by_new_slot(self, thread: Thread, site: Site) -> bool:
+        """As ``leave_trap`` for a site that has no slot yet, or none any more; takes it out where it can have none. Returns
+        False where another stop came first: the thread runs into the breakpoint again, and that counts then."""
+        process = thread.process
+        if thread.blocked:
+            # What is pending because SIGTRAP is blocked is not to be let in meanwhile.
+            with contextlib.suppress(OSError):
+                self._stepper.block_again(thread)
+        try:
+            self._pages.provide(thread, site)
+        except Diverted as stop:
+            if stop.status is None:
+                self._resume(thread)
+            else:
+                self._handle(thread.tid, stop.status)
+            return False
+        except Unsupported as e:
+            # This one goes on from the instruction itself, and so do those that wait at the breakpoint.
+            self._give_up(process, site, e)
+        self._group.soil(process.memory)
+        try:
+            procfs.tried(lambda: self._stepper.leave_trap(thread, site))
+        except ProcessLookupError:
+            raise
+        except OSError:
+            self._resume(thread)  # it stands at the breakpoint
+            return False
+        return True
+
+    def _give_up(self, process: TracedProcess, site: Site, error: Unsupported) -> None:
+        """Takes out a site that was armed and cannot be served after all."""
+        # (Of those that share the memory it is the first that sites are told of.)
+        process = next(iter(self._group.sharers(process.memory)), process)
+        process.memory.disarm(site)
+        self._returns.given_up(process.memory, site, error.reason or error.code)
+        process.hooked = process.hooked and not site.is_hook
+        self._engine.again(process.id.pid)
+        if site.is_hook:
+            log.warning("the loader of process %d is not watched: %s", process.id.pid, error)
+            return
+        report = SiteReport(site.addr, site.plan, "refused", error.reason or error.code, str(error))
+        try:
+            self._observer.report(process.id, [report], "reconcile")
+        except Exception:
+            log.exception("it was not told that a site of process %d is refused: %s", process.id.pid, error)
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -464,6 +530,8 @@ class TraceThread(threading.Thread):
             return
         process = thread.process
         process.drop(tid)
+        if os.WIFSIGNALED(status) or process.threads:
+            self._bereft = True  # not by its own exit: by a signal, or by another thread's exit or exec
         self._returns.thread_ended(process.memory, tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
@@ -546,6 +614,7 @@ class TraceThread(threading.Thread):
         """A new image: the old address space is gone from this process, and with it all its sites (semantics P2). All other
         threads are gone, and the one that called has the leader's number now."""
         process = self._group.processes[tid]
+        self._bereft |= len(process.threads) > 1
         fresh = AddressSpace(tid)
         awaited = process.awaited.pop(tid, None)
         self._group.abandon(process)
@@ -556,7 +625,7 @@ class TraceThread(threading.Thread):
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
         self._returns.left(process, old, EXECED)
-        old.close()
+        self._leave(old)
         with contextlib.suppress(OSError):
             process.comm = procfs.comm(tid)
         process.execs += 1
@@ -579,8 +648,13 @@ class TraceThread(threading.Thread):
             self._forgotten.append(process)
         # (Of one that is let go no call is wanted any more; it has none.)
         self._returns.left(process, process.memory, ENDED)
-        process.memory.close()
+        self._leave(process.memory)
         self._engine.forgot(process, status)
+
+    def _leave(self, memory: AddressSpace) -> None:
+        memory.close()
+        if rest := self._group.sharers(memory):
+            memory.belongs_to(*rest[0].id)
 
     # --- letting threads go on ---------------------------------------------------------------------------------------
 
@@ -614,12 +688,21 @@ class TraceThread(threading.Thread):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def attach(self, pid: int, cause: str, *, held: bool = False, parent: int = 0) -> None:
+    def attach(
+        self,
+        pid: int,
+        cause: str,
+        is_apart: Callable[[int], bool] = lambda pid: False,
+        *,
+        held: bool = False,
+        parent: int = 0,
+    ) -> None:
         """Follows a process and arms what is wanted in it. On this thread.
 
         Args:
             pid: the process.
             cause: for the report.
+            is_apart: whether another process is known not to share its memory.
             held: it is a command of ours that has not begun.
             parent: its parent, where that is followed here: what it has of its parent's breakpoints is ours.
 
@@ -642,6 +725,7 @@ class TraceThread(threading.Thread):
         self._engine.adopted(process, self)
         try:
             if not held:
+                self._group.is_apart = is_apart
                 self._group.settle_all(process)
             if parent in self._group.processes and not process.memory.sites:
                 process.memory.inherit(self._group.processes[parent].memory)
@@ -651,6 +735,8 @@ class TraceThread(threading.Thread):
             process.lingering = True
             process.retry_at = 0.0
             raise
+        finally:
+            self._group.is_apart = lambda pid: False
 
     def reconcile(self, pid: int, cause: str) -> bool:
         """Brings a process of this group to what is wanted; False where it is no longer here. On this thread."""
@@ -800,13 +886,14 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
         objection = self._objection(process) if new else None
+        no_pages = self._pages.prospect(process)
         for request in new:
             try:
                 if objection is not None:
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                self._arm(process, request)
+                self._arm(process, request, no_pages)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
@@ -815,7 +902,7 @@ class TraceThread(threading.Thread):
         if cause in _STANDING:
             memory.written.clear()
         elif memory.written:
-            reports += self._look_again(process, cause)
+            reports += self._look_again(process)
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
@@ -825,18 +912,25 @@ class TraceThread(threading.Thread):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
 
-    def _arm(self, process: TracedProcess, request: SiteRequest) -> Site:
+    def _arm(
+        self,
+        process: TracedProcess,
+        request: SiteRequest,
+        no_pages: Callable[[Site], Unsupported | None] | None = None,
+    ) -> Site:
         """Arms a site; raises as ``AddressSpace.arm`` does."""
-        site = process.memory.arm(request)
+        site = process.memory.arm(request, no_pages or self._pages.prospect(process))
         self._group.soil(process.memory)
         return site
 
-    def _look_again(self, process: TracedProcess, cause: str) -> list[SiteReport]:
+    def _look_again(self, process: TracedProcess) -> list[SiteReport]:
         try:
-            now = procfs.tried(lambda: self._observer.wanted(process.id, cause))
+            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
         except OSError:
             return []  # it is gone, or cannot be looked at
-        gone = process.memory.undo_strays(now.still_mapped, process.id.pid)
+        gone = process.memory.undo_strays(
+            lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid
+        )
         return [SiteReport(s.addr, s.plan, "gone") for s in gone]
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
@@ -895,6 +989,10 @@ class TraceThread(threading.Thread):
     def join_process(self, pid: int, sharer: int) -> None:
         """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
         that one no longer is."""
+        if pid in self._group.processes:
+            # It was born to us after it was looked at, and may have an image of its own by now.
+            self.reconcile(pid, "reconcile")
+            return
         if sharer not in self._group.processes:
             raise Ended
         self._group.join(pid, sharer)

@@ -160,6 +160,13 @@ class Returns:
                 site.awaiting.intersection_update(sites)
 
     @staticmethod
+    def given_up(memory: AddressSpace, point: Site, reason: str) -> None:
+        """A return point was taken out, since it cannot be served: the calls that come back there are seen no more."""
+        if point.awaiting:
+            memory.calls.refuse(point.addr, reason)
+            frames.lose(memory.calls.frames.drop(lambda frame: frame.back == point.addr), reason)
+
+    @staticmethod
     def thread_ended(memory: AddressSpace, tid: int) -> None:
         """Its calls will not return, though another thread may get its stack, and make the same ones."""
         if len(memory.calls.frames):

@@ -80,6 +80,11 @@ class TracedProcess:
             thread = self.threads[tid] = Thread(tid, self)
         return thread
 
+    def live_task(self) -> int:
+        """Returns a thread that has memory: of a leader that has ended before the others nobody is told until they have too.
+        Any thread; asks nobody."""
+        return next((tid for tid in list(self.threads) if tid != self.id.pid), self.id.pid)
+
     def drop(self, tid: int) -> None:
         self.threads.pop(tid, None)
         self.awaited.pop(tid, None)
