@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from trapline.errors import TraplineError
+from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import FS_BASE, R14, RDI, RSP
 from trapline_agent.engines import frames
 from trapline_agent.engines.base import Observer, ReturnSink, SiteRequest
@@ -112,10 +112,12 @@ class Returns:
                 return known
             try:
                 point = self._arm(process, site, back)
-            except TraplineError as e:
+            except Unsupported as e:
                 return memory.calls.refuse(back, e.reason or e.code)
+            except TraplineError as e:
+                return e.reason or e.code  # it may pass: no descriptors, for example
             except OSError:
-                return memory.calls.refuse(back, "Unmapped")
+                return "Unmapped"
             if point is None:
                 return "Unmapped"
         point.awaiting.add(site.addr)
