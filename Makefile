@@ -100,6 +100,7 @@ torture: setup ## tests/torture at full length: storms, kills and failures by th
 
 .PHONY: bench
 bench: bench-engines ## measure: all of it
+	$(BIN)/python -m benchmarks.engines.killed
 	$(BIN)/python -m benchmarks.pipeline.end_to_end
 
 .PHONY: bench-engines

@@ -8,6 +8,8 @@ want() { # command package...
     command -v "$1" >/dev/null 2>&1 || { shift; missing="$missing $*"; }
 }
 want gcc gcc libc6-dev
+want g++ g++
+want go golang-go
 want readelf binutils
 want gdb gdb
 want strace strace

@@ -10,6 +10,7 @@ from tests.support.targets import Targets
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name): what the test needs of the machine; see tests/support/needs.py")
+    config.addinivalue_line("markers", "slack: about slots in a file's own unused bytes")
     config.addinivalue_line("markers", "traps: about the mechanics of traps; for engines that have them")
 
 

@@ -1,7 +1,8 @@
 """Expressions of the probe language: Python's, read by ``ast`` through a white list. Nothing is evaluated here.
 
-In this release a captured value is an argument, a register, or the string that one points to; the rest of the language is
-read and refused by name. Conditions and aggregates are checked and kept as text.
+In this release a captured value is an argument, a register, or the string that one points to, at a return also ``retval``,
+``latency`` and ``entry(...)``; the rest of the language is read and refused by name. Conditions and aggregates are checked
+and kept as text.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ ARGUMENTS = tuple(f"arg{i}" for i in range(6))
 AGGREGATES = ("count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct")
 WHITE_SPACE = " \t\n\r\f\v"
 _RESERVED_COLUMNS = {"ts", "pid", "tid", "site"}
+AT_RETURN = ("retval", "latency")
+"""What only a return probe has."""
+_FLOATS = re.compile(r"[xyz]mm[0-9]+|st[0-7]?")
 _LATER_NAMES = {
-    "retval", "latency", "caller", "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
+    "caller", "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
     "func", "file", "line", "buildid", "traceparent", "errno", "ctx",
 }  # fmt: skip
 IF = re.compile(r"if(?![\w])")
@@ -46,6 +50,8 @@ class ExpressionReader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self.returns = False
+        """Whether the probe is one of a function's return: set when its kind is known."""
 
     def fail(
         self, detail: str, at: int | None = None, *, hint: str = "", suggestions: list[str] | None = None
@@ -231,15 +237,21 @@ class ExpressionReader:
             self.fail(f"more than {MAX_CAPTURES} captured values", at)
         captures.append(capture)
 
-    def _lower(self, tree: ast.expr, source: str, start: int) -> Capture:
+    def _lower(self, tree: ast.expr, source: str, start: int, *, entry: bool = False) -> Capture:
+        """Returns the capture of an expression; ``entry``: it stands inside of ``entry(...)``."""
         at = start + _column(source, tree)
         if isinstance(tree, ast.Call):
             function = tree.func.id if isinstance(tree.func, ast.Name) else ast.unparse(tree.func)
+            if function == "entry":
+                return self._lower(self._entry(tree, at, entry), source, start, entry=True)
             if function != "str":
                 self.later(f"`{function}()`", at, "captured are arg0 to arg5, reg.NAME and str(...) of them")
             if tree.keywords or not 1 <= len(tree.args) <= 2:
                 self.fail("str takes a pointer and, if wanted, the most bytes to read: str(arg0, 128)", at)
-            operand = self._operand(tree.args[0], source, start)
+            pointer, late = tree.args[0], False
+            if isinstance(pointer, ast.Call) and isinstance(pointer.func, ast.Name) and pointer.func.id == "entry":
+                pointer, late = self._entry(pointer, start + _column(source, pointer), entry), True
+            operand = self._operand(pointer, source, start, entry=entry or late)
             size = DEFAULT_STRING_BYTES
             if len(tree.args) == 2:
                 limit, limit_at = tree.args[1], start + _column(source, tree.args[1])
@@ -248,13 +260,31 @@ class ExpressionReader:
                 if not 1 <= limit.value <= MAX_STRING_BYTES:
                     self.fail(f"a string's length is from 1 to {MAX_STRING_BYTES} bytes", limit_at)
                 size = limit.value
-            text = f"str({operand})" if size == DEFAULT_STRING_BYTES else f"str({operand}, {size})"
-            return Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand, max_bytes=size)
-        return word(self._operand(tree, source, start))
+            return string(operand, size, entry=entry or late, late=late)
+        return word(self._operand(tree, source, start, entry=entry), entry=entry)
 
-    def _operand(self, tree: ast.expr, source: str, start: int) -> str:
+    def _entry(self, call: ast.Call, at: int, inside: bool) -> ast.expr:
+        """Returns what ``entry(...)`` is of."""
+        if call.keywords or len(call.args) != 1:
+            self.fail("entry takes one value, as it was when the function was entered: entry(arg0)", at)
+        if inside:
+            self.fail("entry(...) inside of entry(...)", at)
+        if not self.returns:
+            inner = ast.unparse(call.args[0])
+            self.fail("a probe at a function's entry has the values of the entry anyway", at, suggestions=[inner])
+        return call.args[0]
+
+    def _operand(self, tree: ast.expr, source: str, start: int, *, entry: bool = False) -> str:
         at = start + _column(source, tree)
+        if isinstance(tree, ast.Name):
+            self.at_its_time(tree.id, at, entry=entry)
+            if tree.id in AT_RETURN:
+                return tree.id
         if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "reg":
+            if _FLOATS.fullmatch(tree.attr):
+                self.later(
+                    f"floating-point values (`{tree.attr}`)", at, "captured are integers and pointers, and strings"
+                )
             if tree.attr not in REGISTERS:
                 whole = register_named(tree.attr)
                 near = [whole] if whole else difflib.get_close_matches(tree.attr, REGISTERS)
@@ -277,6 +307,23 @@ class ExpressionReader:
             "captured are arg0 to arg5, reg.NAME and str(...) of them",
         )
 
+    def at_its_time(self, name: str, at: int, *, entry: bool) -> None:
+        """Refuses an operand that is not there when the probe fetches it."""
+        if name in AT_RETURN and not self.returns:
+            self.fail(
+                f"`{name}` is known when the function returns",
+                at,
+                hint="probe its return: `ur:` before the object, such as `ur:libc.so.6:malloc {retval}`",
+            )
+        if name in AT_RETURN and entry:
+            self.fail(f"`{name}` is not known yet at the function's entry", at, suggestions=[name])
+        if name in ARGUMENTS and self.returns and not entry:
+            self.fail(
+                f"the register of `{name}` has another value when the function returns",
+                at,
+                suggestions=[f"entry({name})"],
+            )
+
     def register(self, name: str, at: int) -> str:
         """Returns the operand for a register as perf or gdb name it."""
         register = register_named(name)
@@ -285,9 +332,20 @@ class ExpressionReader:
         return f"reg.{register}"
 
 
-def word(operand: str) -> Capture:
+def word(operand: str, *, entry: bool = False) -> Capture:
     """Returns the capture of an operand as it is."""
-    return Capture(text=operand, name=operand, operand=operand)
+    text = f"entry({operand})" if entry else operand
+    return Capture(text=text, name=text, operand=operand, entry=entry)
+
+
+def string(operand: str, size: int = DEFAULT_STRING_BYTES, *, entry: bool = False, late: bool = False) -> Capture:
+    """Returns the capture of the string that an operand points to; ``entry`` and ``late`` as in ``Capture``."""
+    pointer = f"entry({operand})" if late else operand
+    text = f"str({pointer})" if size == DEFAULT_STRING_BYTES else f"str({pointer}, {size})"
+    text = f"entry({text})" if entry and not late else text
+    return Capture(
+        text=text, name=text, kind=CaptureKind.STRING, operand=operand, entry=entry, late=late, max_bytes=size
+    )
 
 
 def _column(source: str, node: ast.expr) -> int:

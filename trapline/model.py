@@ -64,7 +64,11 @@ class Capture(Model):
     """The column's name: ``size=arg0`` gives ``size``; by default the expression's text."""
     kind: CaptureKind = CaptureKind.WORD
     operand: str
-    """``arg0`` to ``arg5``, or ``reg.NAME``."""
+    """``arg0`` to ``arg5``, or ``reg.NAME``; at a return ``retval`` and ``latency`` too."""
+    entry: bool = False
+    """At a return: the operand is that of the entry, ``entry(...)``."""
+    late: bool = False
+    """With ``entry``: the string that it points to is read at the return, ``str(entry(arg1))``."""
     max_bytes: Annotated[int, Field(ge=1, le=4096)] = 64
 
 
@@ -210,6 +214,12 @@ class Counters(Model):
     """Milliseconds in which targets were throttled or tripped and not armed, summed over them."""
     dropped: int = 0
     """hits = delivered + dropped, always (semantics H1)."""
+    calls: int = 0
+    """Of a return probe: calls that were seen to begin; 0 for other probes. What is neither a hit (or limited) nor
+    unreturned is still in flight (semantics H7)."""
+    unreturned: int = 0
+    """Calls of a return probe whose return was not seen, and will not be: they were left by longjmp or a throw, their
+    thread ended, the probe was taken out meanwhile, ..."""
 
 
 class Condition(Model):
@@ -232,6 +242,7 @@ class ProbeStatus(Model):
     coverage: Coverage = Field(default_factory=Coverage)
     counters: Counters = Field(default_factory=Counters)
     dropped_by_reason: dict[str, int] = Field(default_factory=dict)
+    unreturned_by_reason: dict[str, int] = Field(default_factory=dict)
     overhead_ns: float | None = None
     """Median time that the engine itself held a thread, per hit, in ns; None before the first hit."""
     conditions: list[Condition] = Field(default_factory=list)

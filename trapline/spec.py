@@ -25,8 +25,8 @@ import re
 from collections.abc import Iterator
 
 from trapline.errors import Unsupported
-from trapline.expressions import ARGUMENTS, IF, WHITE_SPACE, ExpressionReader, word
-from trapline.model import Capture, CaptureKind, Point, PointKind, ProbeKind, ProbeSpec
+from trapline.expressions import ARGUMENTS, IF, WHITE_SPACE, ExpressionReader, string, word
+from trapline.model import Capture, Point, PointKind, ProbeKind, ProbeSpec
 
 MAX_TEXT = 4096
 MAX_PID = 1 << 22
@@ -93,7 +93,6 @@ def require_supported(spec: ProbeSpec) -> None:
         Unsupported: names the feature; reason ``NotInThisRelease``, with the canonical text and the position.
     """
     wanted: list[tuple[str, bool, str, str]] = [
-        ("kind", spec.kind is ProbeKind.RETURN, "return probes (`ur:`)", "probe the function's entry (`u:`)"),
         ("kind", spec.kind is ProbeKind.USDT, "USDT probes (`usdt:`)", "probe a function by its symbol"),
         (
             "point",
@@ -211,6 +210,7 @@ class _Reader(ExpressionReader):
         kind = self._kind()
         obj = self._object()
         point, kind = self._point(kind)
+        self.returns = kind is ProbeKind.RETURN
         spec = ProbeSpec(text="", name=name, kind=kind, object=obj, point=point)
         self._clauses(spec)
         return self._finish(spec)
@@ -478,6 +478,7 @@ class _Reader(ExpressionReader):
         kind = ProbeKind.RETURN if head["kind"] == "r" else ProbeKind.ENTRY
         obj = self._object()
         point, kind = self._point(kind)
+        self.returns = kind is ProbeKind.RETURN
         captures: list[Capture] = []
         spec = ProbeSpec(text="", name=head["name"] or "", kind=kind, object=obj, point=point)
         while True:
@@ -503,17 +504,21 @@ class _Reader(ExpressionReader):
                 if number >= len(ARGUMENTS):
                     self.later(f"`{found['at']}`, which is passed on the stack", at, "the first six come in registers")
                 operand = ARGUMENTS[number]
+            elif found["at"] == "$retval":
+                operand = "retval"
+                self.at_its_time(operand, at, entry=False)
             elif found["at"][0] == "%":
                 operand = self.register(found["at"][1:], at)
             else:
                 self.later(f"`{found['at']}`", at, "understood are %reg, $argN and +0(%reg):string")
+            # As Documentation/trace/uprobetracer.rst has it, $argN of a return probe is that of the entry.
+            entry = self.returns and operand in ARGUMENTS
             if found["deref"]:
                 if found["type"] not in ("string", "ustring"):
                     self.later("reading memory other than strings", at, "understood is +0(%reg):string")
-                text = f"str({operand})"
-                capture = Capture(text=text, name=text, kind=CaptureKind.STRING, operand=operand)
+                capture = string(operand, entry=entry)
             elif found["type"] in (None, "u64", "x64"):
-                capture = word(operand)
+                capture = word(operand, entry=entry)
             else:
                 self.later(f"the type `{found['type']}`", at, "words are u64")
             self.append_capture(captures, capture, found["name"] or "", at)

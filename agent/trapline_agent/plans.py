@@ -31,6 +31,14 @@ class SitePlan(msgspec.Struct, frozen=True):
     slack_offset: int = 0
     """File offset of unused zero bytes behind the executable segment, mapped with its last page; slots go there."""
     slack_len: int = 0
+    go: bool = False
+    """It is in a Go function, behind its stack check: the goroutine's pointer is in r14 there (Go's ABIInternal)."""
+    unwinds: bool = False
+    """It is the first instruction of the C library's longjmp: calls in flight are left there."""
+
+
+LATENCY = "latency"
+"""Stands for a register in a ``FetchPlan``: the time from a call to its return, in ns."""
 
 
 class FetchPlan(msgspec.Struct, frozen=True):
@@ -40,3 +48,7 @@ class FetchPlan(msgspec.Struct, frozen=True):
     register: str
     string: bool = False
     max_bytes: int = 64
+    entry: bool = False
+    """At a return: the register is that of the entry."""
+    late: bool = False
+    """With ``entry``: the string is read at the return."""

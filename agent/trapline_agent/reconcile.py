@@ -29,6 +29,7 @@ from trapline.model import (
     DesiredProbe,
     Point,
     PointKind,
+    ProbeKind,
     ProbeSpec,
     Target,
     TargetState,
@@ -45,6 +46,7 @@ _KEEP_GONE = 32
 """Targets that are gone and still shown; older ones are forgotten, or a busy host's probe would grow for ever."""
 _KEEP_COVERAGE = 1000
 """Entries of a probe's coverage log."""
+_TRACER_ENDED = "the tracer that had it armed ended; calls until this one armed it again were not counted"
 _ERROR_PAUSE_S = 1.0
 _UNKNOWN = ProbeSpec(text="", object="/", point=Point(kind=PointKind.OFFSET))
 """Stands for the text of a probe that is only known to be removed."""
@@ -104,6 +106,8 @@ class ProbeRun:
     """Entries of it that are no longer kept."""
     coverage_base: int = 0
     """Our number of the present tracer's first entry."""
+    lost: set[tuple[int, int, int]] = field(default_factory=set)
+    """What (pid, start time, address) was armed when the last tracer ended, and has not been armed again."""
     stats: t.Stats | None = None
     """The present tracer's counters; they begin at zero with each tracer, as its sequences do."""
     past_hits: int = 0
@@ -137,6 +141,8 @@ class ProbeRun:
             limited=now.limited,
             uncovered_ms=now.uncovered_ms,
             dropped=sum(now.drops.values()),
+            calls=now.calls,
+            unreturned=sum(now.unreturned.values()),
         )
 
     def tracer_lost(self) -> None:
@@ -144,6 +150,8 @@ class ProbeRun:
         self.past_hits += self.stats.hits if self.stats else 0
         self.stats = None
         self.targets.clear()
+        armed = (e for e in self.coverage.values() if e.addr and e.disarmed_at is None)
+        self.lost |= {(e.pid, e.start_time, e.addr) for e in armed}
         self.close_coverage()
         self.tracer = None
 
@@ -151,7 +159,10 @@ class ProbeRun:
         """Takes what is new in the tracer's log, or has ended."""
         for e in entries:
             label = self.registered.labels[e.site] if e.site < len(self.registered.labels) else ""
-            self.coverage[self.coverage_base + e.number] = CoverageEntry(
+            number, place = self.coverage_base + e.number, (e.pid, e.start_time, e.addr)
+            again = self.coverage[number].message == _TRACER_ENDED if number in self.coverage else place in self.lost
+            self.lost.discard(place)
+            self.coverage[number] = CoverageEntry(
                 host=host,
                 pid=e.pid,
                 start_time=e.start_time,
@@ -163,8 +174,8 @@ class ProbeRun:
                 hook=e.hook,
                 armed_at=_moment(e.begun_ns),
                 disarmed_at=_moment(e.ended_ns) if e.ended_ns else None,
-                may_have_missed=e.may_have_missed,
-                message=e.message,
+                may_have_missed=e.may_have_missed or again,
+                message=e.message or (_TRACER_ENDED if again else ""),
             )
         while len(self.coverage) > _KEEP_COVERAGE:
             del self.coverage[next(iter(self.coverage))]
@@ -362,6 +373,7 @@ class Reconciler:
             targets=list(run.targets.values()),
             counters=run.counters,
             dropped_by_reason=dict(run.stats.drops) if run.stats else {},
+            unreturned_by_reason=dict(run.stats.unreturned) if run.stats else {},
             overhead_ns=(run.stats.overhead_ns or None) if run.stats else None,
             error=run.error.to_wire() if run.error else None,
         )
@@ -439,6 +451,7 @@ class Reconciler:
                 where=run.registered.where,
                 max_hits=max_hits,
                 overhead=0.0 if desired.limits.overhead == "off" else desired.limits.overhead,
+                returns=desired.spec.kind is ProbeKind.RETURN,
             )
         except TraplineError as e:
             return e

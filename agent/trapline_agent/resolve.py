@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
     PointKind,
+    ProbeKind,
     ProbeSpec,
     ResolvedSite,
     Symbol,
@@ -24,6 +27,7 @@ from trapline.model import (
     TargetState,
 )
 from trapline.spec import require_supported
+from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.program import lower
 from trapline_agent.objects import Finder, FoundFile, scan
@@ -50,6 +54,9 @@ _BACK_BYTES = 4096
 _SEARCH_S = 6.0
 """Seconds after which a look into all files ends with what it has; what was read is remembered for the next."""
 _LOADER_HOOK = "_dl_debug_state"
+_LOADER_NAMES = ("ld-linux", "ld-musl", "ld-2.")
+_C_LIBRARY_NAMES = ("libc.so", "libc-2.", "libc.musl", "ld-musl")
+_UNWINDERS = ("longjmp", "_longjmp", "siglongjmp", "__longjmp_chk")
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-musl-x86_64.so.1")
 
 
@@ -81,6 +88,8 @@ class _Place:
     offset: int
     symbol: SymbolAt | None = None
     error: TraplineError | None = None
+    go: bool = False
+    """It is behind the stack check of a Go function."""
 
     @property
     def symbol_offset(self) -> int:
@@ -144,7 +153,7 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
-        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures))
+        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -203,7 +212,10 @@ class Resolver:
     def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
-            for place in _places(spec, index, _shown(spec, file)):
+            places = _places(spec, index, _shown(spec, file))
+            if spec.kind is ProbeKind.RETURN:
+                places = (_entry(fd, index, place, _shown(spec, file)) for place in places)
+            for place in places:
                 if len(plan.resolved) >= MAX_SITES:
                     note = f"more than {MAX_SITES} places match; the rest is left out"
                     if note not in plan.notes:
@@ -253,6 +265,7 @@ class Resolver:
                 code=code,
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
+                go=place.go,
             )
         )
 
@@ -368,24 +381,27 @@ class Resolver:
         return sorted(modules, key=lambda m: (-m.processes, m.path))
 
     def loaders(self) -> list[SitePlan]:
-        """Returns where the dynamic loaders of this host report that they have mapped files."""
+        """Returns where the dynamic loaders of this host report that they have mapped files, and where the C libraries'
+        longjmp begins (``SitePlan.unwinds``)."""
         mapped = scan()
-        files = {f.key: f for f in mapped.values() if f.name.startswith(("ld-linux", "ld-musl", "ld-2."))}
+        files = {f.key: f for f in mapped.values() if f.name.startswith(_LOADER_NAMES)}
         for path in _LOADERS:
             try:
                 files |= {f.key: f for f in self._finder.find(path, mapped)}
             except TraplineError:
                 continue  # not on this host
-        plan = Plan()
-        for file in files.values():
-            try:
-                with file.open() as fd:
-                    index = self._finder.index(file, fd)
-                    for symbol in index.find(_LOADER_HOOK):
-                        self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
-            except TraplineError:
-                continue  # later mappings are found by the other hooks
-        return plan.plans
+        libraries = [f for f in mapped.values() if f.name.startswith(_C_LIBRARY_NAMES)]
+        loaders, unwinders = Plan(), Plan()
+        for plan, symbols, some in ((loaders, (_LOADER_HOOK,), files.values()), (unwinders, _UNWINDERS, libraries)):
+            for file in some:
+                try:
+                    with file.open() as fd:
+                        index = self._finder.index(file, fd)
+                        for symbol in {s.offset: s for name in symbols for s in index.find(name)}.values():
+                            self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
+                except TraplineError:
+                    continue  # later mappings are found by the other hooks
+        return loaders.plans + [msgspec.structs.replace(p, unwinds=True) for p in unwinders.plans]
 
 
 # --- places in one file -----------------------------------------------------------------------------------------------
@@ -436,6 +452,29 @@ def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str
             reason="BeyondFunction",
         )
     return _Place(symbol.offset + offset, symbol, error)
+
+
+def _entry(fd: int, index: SymbolIndex, place: _Place, module: str) -> _Place:
+    """Returns the place where a return probe sees calls begin: a function's first instruction, where the return address is
+    the word that the stack pointer leads to. In Go that is behind the stack check, which begins the function anew."""
+    if place.error is not None:
+        return place
+    symbol = place.symbol
+    if symbol is None:
+        return place  # nothing says that it is not one: a stripped file
+    if place.symbol_offset:
+        error = Unsupported(
+            f"{module}:{place.label} is inside of a function, and a return probe needs its first instruction",
+            hint="a call's return address is where the stack pointer leads to only there",
+            suggestions=[f"ur:{module}:{symbol.name}"],
+            reason="NotAFunction",
+        )
+        return replace(place, error=error)
+    check = 0
+    if index.is_go:
+        size = min(GO_CHECK_BYTES, max(0, index.end_of(symbol) - symbol.offset))
+        check = go_body(_read(fd, index, place.offset, size))
+    return replace(place, offset=place.offset + check, go=index.is_go)
 
 
 def _read(fd: int, index: SymbolIndex, offset: int, size: int) -> bytes:

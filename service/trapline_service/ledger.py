@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 _OTHER = "other"
 _UNNAMED = "unnamed"
-_COUNTED = ("hits", "filtered", "limited", "uncovered_ms")
+_COUNTED = ("hits", "filtered", "limited", "uncovered_ms", "calls")
+_UNRETURNED = "unreturned:"
 _DROP = "drop:"
 _AGENT_OWN = _DROP + "agent-outbox"
 """Counted by the agent, not by its tracer: it goes on when a new tracer counts from zero."""
@@ -56,7 +57,12 @@ class Tally(Model):
     lost: dict[str, int] = Field(default_factory=dict)
     """Losses booked here, by stage."""
 
-    def report(self, counters: Counters, dropped_by_reason: Mapping[str, int]) -> None:
+    def report(
+        self,
+        counters: Counters,
+        dropped_by_reason: Mapping[str, int],
+        unreturned_by_reason: Mapping[str, int] | None = None,
+    ) -> None:
         """Takes the host's own counters.
 
         They never go back within one tracer; an agent that has just started reports zero until its tracer has told it
@@ -64,6 +70,7 @@ class Tally(Model):
         """
         now = {name: getattr(counters, name) for name in _COUNTED}
         now |= {_DROP + stage: count for stage, count in dropped_by_reason.items()}
+        now |= {_UNRETURNED + reason: count for reason, count in (unreturned_by_reason or {}).items()}
         now[_UNNAMED] = max(0, counters.dropped - sum(dropped_by_reason.values()))
         for key, count in now.items():
             self.last[key] = max(count, self.last.get(key, 0))
@@ -98,6 +105,11 @@ class Tally(Model):
         result[_OTHER] = self._reported(_UNNAMED) - sum(n for stage, n in result.items() if stage not in told)
         return {stage: count for stage, count in sorted(result.items()) if count > 0}
 
+    def unreturned(self) -> dict[str, int]:
+        """Returns calls whose return was not seen, by reason."""
+        keys = {key for key in (*self.base, *self.last) if key.startswith(_UNRETURNED)}
+        return {key.removeprefix(_UNRETURNED): self._reported(key) for key in sorted(keys)}
+
     def counters(self) -> Counters:
         """Returns the totals. Hits that were counted on the host and are still under way are in ``hits`` already."""
         dropped = sum(self.dropped().values())
@@ -107,6 +119,8 @@ class Tally(Model):
             limited=self._reported("limited"),
             uncovered_ms=self._reported("uncovered_ms"),
             dropped=dropped,
+            calls=self._reported("calls"),
+            unreturned=sum(self.unreturned().values()),
         )
 
 
@@ -205,11 +219,17 @@ class Ledger:
 
     def report(self, host: str, observed: Observed) -> None:
         """Takes a host's own counters of a known probe."""
-        self._tally(observed.probe, host).report(observed.counters, observed.dropped_by_reason)
+        self._tally(observed.probe, host).report(
+            observed.counters, observed.dropped_by_reason, observed.unreturned_by_reason
+        )
 
     def totals(self, probe: str) -> tuple[Counters, dict[str, int]]:
         """Returns a probe's counters over all hosts, and its drops by reason."""
         return totals(self.tallies(probe).values())
+
+    def unreturned(self, probe: str) -> dict[str, int]:
+        """Returns the calls of a return probe that were not seen to return, over all hosts, by reason."""
+        return unreturned(self.tallies(probe).values())
 
 
 def totals(tallies: Iterable[Tally]) -> tuple[Counters, dict[str, int]]:
@@ -222,7 +242,18 @@ def totals(tallies: Iterable[Tally]) -> tuple[Counters, dict[str, int]]:
         total.filtered += counters.filtered
         total.limited += counters.limited
         total.uncovered_ms += counters.uncovered_ms
+        total.calls += counters.calls
+        total.unreturned += counters.unreturned
         total.dropped += counters.dropped
         for stage, count in tally.dropped().items():
             reasons[stage] = reasons.get(stage, 0) + count
     return total, reasons
+
+
+def unreturned(tallies: Iterable[Tally]) -> dict[str, int]:
+    """Returns the sum of what tallies say of calls that were not seen to return, by reason."""
+    reasons: dict[str, int] = {}
+    for tally in tallies:
+        for reason, count in tally.unreturned().items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return reasons

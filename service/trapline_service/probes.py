@@ -424,6 +424,7 @@ class Probes:
             observed=entry.observed,
             counters=counters,
             dropped_by_reason=reasons,
+            unreturned_by_reason=self._ledger.unreturned(probe.id),
             former=probe.status,
             at=datetime.now(UTC),
         )

@@ -153,6 +153,7 @@ def status_of(
     observed: Mapping[str, Observed],
     counters: Counters,
     dropped_by_reason: dict[str, int],
+    unreturned_by_reason: dict[str, int] | None = None,
     former: ProbeStatus,
     at: datetime,
 ) -> ProbeStatus:
@@ -166,6 +167,7 @@ def status_of(
         observed: the hosts' last reports.
         counters: totals by the ledger.
         dropped_by_reason: the same for drops.
+        unreturned_by_reason: the same for calls that were not seen to return.
         former: the status up to now; a condition that stays keeps its time.
         at: now.
     """
@@ -180,6 +182,7 @@ def status_of(
         coverage=coverage_of(online, observed),
         counters=counters,
         dropped_by_reason=dropped_by_reason,
+        unreturned_by_reason=unreturned_by_reason or {},
         overhead_ns=overhead_of(observed) if observed else former.overhead_ns,
         conditions=conditions,
     )

@@ -10,24 +10,29 @@ from tests.support.targets import Targets
 from tests.support.world import SimulatedTargets
 from trapline_agent.engines.fake import FakeEngine
 from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.ptrace.memory import AddressSpace
 
-ENGINES = {"ptrace": PtraceEngine, "fake": FakeEngine}
+ENGINES = {"ptrace": PtraceEngine, "mapped-slots": PtraceEngine, "fake": FakeEngine}
+"""``mapped-slots``: as if no file had room behind its code."""
 _REAL = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The contract suite runs once over every engine; what is marked ``traps`` over those that say that they do."""
+    """The contract suite runs once over every engine; what is marked ``traps`` over those that say that they do. What could
+    harm a program is tried with either kind of slots."""
     if "host" in metafunc.fixturenames:
         only_traps = metafunc.definition.get_closest_marker("traps") is not None
         names = [n for n, engine in ENGINES.items() if engine.traps or not only_traps]
         if metafunc.module.__name__.rpartition(".")[2] != "test_contract":
-            names = ["ptrace"]
+            names = ["ptrace", "mapped-slots"] if metafunc.module.__name__.endswith(".test_harm") else ["ptrace"]
         engines = [pytest.param(n, marks=() if n == "fake" else _REAL) for n in names]
         metafunc.parametrize("host", engines, indirect=True)
 
 
 @pytest.fixture
-def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    if request.param == "mapped-slots":
+        monkeypatch.setattr(AddressSpace, "uses_slack", False)
     host = Host(ENGINES[request.param])
     try:
         yield host

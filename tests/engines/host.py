@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from tests.support.world import SimulatedFiles
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
+from trapline_agent.engines.journal import Journal, boot_id, parse, pid_namespace
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FetchPlan, SitePlan
@@ -28,6 +32,7 @@ from trapline_agent.tracer.messages import Register, TargetState
 from trapline_agent.tracer.table import Consumer, Table
 
 _LOADER = Path("/lib64/ld-linux-x86-64.so.2")
+_LIBC = Path("/lib/x86_64-linux-gnu/libc.so.6")
 
 
 class Files:
@@ -64,11 +69,17 @@ class Host:
         world = World() if make is FakeEngine else None
         self.table = Table(proc=world)
         self.table.self_pids = frozenset((os.getpid(),))
-        self.engine = make(self.table) if world is None else FakeEngine(self.table, world)
+        self.journal = Journal(os.memfd_create("journal", os.MFD_CLOEXEC)) if make is PtraceEngine else None
+        if make is PtraceEngine:
+            self.engine: Engine = PtraceEngine(self.table, self.journal)
+        else:
+            self.engine = make(self.table) if world is None else FakeEngine(self.table, world)
         self.looks = Looks(self.engine)
         self.files = Files() if world is None else SimulatedFiles(world)
         if world is None:
-            self.table.set_loaders([self.files.plan(_LOADER.resolve(), "_dl_debug_state")])
+            longjmps = [self.files.plan(_LIBC.resolve(), name) for name in ("longjmp", "__longjmp_chk")]
+            loader = self.files.plan(_LOADER.resolve(), "_dl_debug_state")
+            self.table.set_loaders([loader, *(structs.replace(p, unwinds=True) for p in longjmps)])
         self._consumers: dict[str, Consumer] = {}
 
     def register(
@@ -78,6 +89,7 @@ class Host:
         probe: str = "p",
         fetches: Sequence[FetchPlan] = (),
         max_hits: int = 0,
+        returns: bool = False,
         **where: object,
     ) -> Probe:
         """Registers a probe: publishes it, then looks at every process."""
@@ -91,8 +103,9 @@ class Host:
             fetches=list(fetches),
             where={k: str(v) for k, v in where.items()},
             max_hits=max_hits,
+            returns=returns,
         )
-        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits))
+        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns))
         self._consumers[probe] = consumer
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)
@@ -152,6 +165,12 @@ class Host:
         for consumer in self.table.consumers:
             self.unregister(consumer.probe)
         self.engine.close()
+        if self.journal is not None:
+            data = os.pread(self.journal.fd, os.fstat(self.journal.fd).st_size, 0)
+            os.close(self.journal.fd)
+            entries = [e for _, e in parse(data, boot_id(), pid_namespace()).entries]
+            left = [e for e, outcome in restore_all(entries, kin_of=entries) if outcome is Outcome.RESTORED]
+            assert not left, f"all was taken out, but for {left}"
 
 
 class Probe:
@@ -168,6 +187,18 @@ class Probe:
     @property
     def ring(self) -> HitRing:
         return self._consumer.ring
+
+    @property
+    def calls(self) -> int:
+        return self.ring.calls
+
+    @property
+    def unreturned(self) -> dict[str, int]:
+        return dict(self.ring.unreturned)
+
+    @property
+    def in_flight(self) -> int:
+        return self.ring.in_flight
 
     @property
     def targets(self) -> list[TargetState]:

@@ -16,6 +16,8 @@ from tests.support.children import TIMEOUT_S, Child
 from tests.support.targets import Targets
 from trapline.protocol.hits import decode
 from trapline_agent.engines.base import ProcessId
+from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.tracer import breaker
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.client import TracerClient
@@ -97,6 +99,40 @@ def test_s4_what_costs_too_much_is_out_for_a_part_of_the_time(host: Host, target
         assert probe.hits == 2009
         probe.unregister()
         host.engine.close()
+
+
+def test_s4_a_return_probe_takes_its_return_points_along(host: Host, targets: Targets) -> None:
+    program = targets.build("returns")
+    with targets.run("returns") as child, untouched(child.pid):
+        plan = host.files.plan(program, "target_ret")
+        probe = host.register(plan, returns=True, pid=child.pid)
+        watch = Watch(host)
+        child.ask(LITTLE)
+        watch.look()
+        traps = sum(site.tally.traps for site in sites_of(host, child))
+        assert traps >= 2, "the stop at the return costs too"
+        assert len(points_of(host, child)) == 1
+        child.ask(MUCH)
+        watch.look()
+        assert (state(probe), is_in(child, program)) == ("throttled", False)
+        assert points_of(host, child) == []
+        child.ask(MUCH)
+        assert (probe.calls, probe.hits) == (2001, 2001)
+        watch.until(lambda: is_in(child, program))
+        child.ask("call 3")
+        assert (probe.calls, probe.hits, probe.in_flight) == (2004, 2004, 0)
+        probe.unregister()
+        host.engine.close()
+
+
+def sites_of(host: Host, child: Child) -> list[Site]:
+    """The breakpoints of a process."""
+    assert isinstance(host.engine, PtraceEngine)
+    return list(host.engine._processes[child.pid].memory.sites.values())
+
+
+def points_of(host: Host, child: Child) -> list[Site]:
+    return [site for site in sites_of(host, child) if site.awaiting]
 
 
 def test_s4_what_stays_too_much_trips_and_is_tried_again(host: Host, targets: Targets) -> None:

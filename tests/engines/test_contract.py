@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from tests.engines.host import Host
+from tests.engines.host import Host, Probe
 from tests.support import needs
 from tests.support.children import Child, fields, python, stopped
 from tests.support.targets import Targets
@@ -470,3 +470,61 @@ def test_h1_dropped_hits_are_counted(host: Host, targets: Targets, monkeypatch: 
     assert probe.hits == 100 == delivered + sum(probe.ring.drops.values())
     assert batches[0].header.drops == probe.ring.drops
     assert batches[0].header.seq == 100 - delivered
+
+
+def return_probe(host: Host, targets: Targets, *symbols: str, **where: object) -> Probe:
+    program = targets.build("returns")
+    plans = [host.files.plan(program, symbol, site=i) for i, symbol in enumerate(symbols)]
+    return host.register(plans, returns=True, **where)
+
+
+def test_h6_every_return_is_a_hit_however_deep(host: Host, targets: Targets) -> None:
+    with targets.run("returns") as child:
+        with host.untouched(child.pid):
+            probe = return_probe(host, targets, "target_ret", "target_rec", pid=child.pid)
+            assert probe.states() == {"armed": 2}
+            child.ask("call 100")
+            child.ask("recurse 300")
+            count = child.count()
+            assert probe.calls == probe.hits == count["calls"] == count["returns"] == 400
+            assert (probe.unreturned, probe.in_flight, count["wrong"]) == ({}, 0, 0)
+            probe.unregister()
+            host.engine.close()
+        child.ask("call 100")
+        assert probe.calls == 400
+
+
+def test_h6_calls_that_are_left_are_no_hits(host: Host, targets: Targets) -> None:
+    with targets.run("returns") as child:
+        probe = return_probe(host, targets, "target_frame", "target_jumper", "target_ret", pid=child.pid)
+        child.ask("jump 50")
+        child.ask("call 20")
+        count = child.count()
+        assert (probe.calls, probe.hits, count["left"]) == (120, 20, 100)
+        assert sum(probe.unreturned.values()) + probe.in_flight == 100
+        probe.unregister()
+        assert sum(probe.unreturned.values()) == 100
+
+
+def test_h7_calls_in_flight_when_the_probe_goes(host: Host, targets: Targets) -> None:
+    with targets.run("returns") as child:
+        probe = return_probe(host, targets, "target_hold", "target_ret", pid=child.pid)
+        child.ask("hold")
+        child.ask("call 3")
+        assert (probe.calls, probe.hits, probe.in_flight) == (4, 3, 1)
+        probe.unregister()
+        host.engine.close()
+        assert host.altered(child.pid) == {}
+        assert (probe.calls, probe.hits, probe.unreturned, probe.in_flight) == (4, 3, {"disarmed": 1}, 0)
+        child.ask("go")
+        assert child.count()["returns"] == 4
+
+
+def test_h6_a_fork_inside_of_a_call_returns_twice(host: Host, targets: Targets) -> None:
+    with targets.run("returns") as child:
+        probe = return_probe(host, targets, "target_fork")
+        for _ in range(5):
+            child.ask("fork 7")
+        assert child.count()["returns"] == 10
+        assert (probe.calls, probe.hits, probe.unreturned) == (10, 10, {})
+        probe.unregister()

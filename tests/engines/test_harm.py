@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
+
+import pytest
 
 from tests.engines.host import Host, altered_bytes
 from tests.support import needs
 from tests.support.children import Child
 from tests.support.targets import Targets
+from trapline_agent.kernel import procfs, ptrace
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
@@ -24,6 +28,44 @@ def test_a_child_that_was_let_go_and_lives_on_does_not_hold_up_the_end(host: Hos
             child.ask("go")
         assert child.count()["failed"] == 0
         assert altered_bytes(child.pid, [program]) == {}
+
+
+def test_a_process_that_is_to_join_and_was_born_to_us_meanwhile(host: Host, targets: Targets) -> None:
+    """A look saw it share its parent's memory; when the tracer thread comes to it, it is followed, and has its own."""
+    program = targets.build("forks")
+    with targets.run("forks") as child:
+        probe = host.register(host.files.plan(program, "target_forks"), tree=child.pid)
+        other = int(child.ask("hold 5").split()[-1])
+        while other not in (t.pid for t in probe.targets if t.state == "armed"):
+            pass  # it stands still at its birth
+        thread = host.engine._threads[other]
+        thread.call(lambda: thread.join_process(other, child.pid))
+        probe.unregister()
+        assert 0xCC not in {now for _, now in altered_bytes(other, [program]).values()}
+        child.ask("go")
+        assert child.count()["failed"] == 0
+
+
+def test_kernel_threads_share_no_memory_with_one_that_ends(
+    host: Host, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has none has the same as they: kcmp(2) says so when a leader ends between two calls."""
+    real, asked = ptrace.sharers, []
+
+    def sharers(asker: int, others: Sequence[int]) -> tuple[list[int], list[int]]:
+        sharing, unknown = real(asker, others)
+        without = [pid for pid in others if not procfs.has_memory(pid)]
+        asked.append(bool(without))
+        return (sharing + without if asked.count(True) == 1 else sharing), unknown
+
+    monkeypatch.setattr(ptrace, "sharers", sharers)
+    # This process stands for a kernel thread: in a PID namespace there are none.
+    monkeypatch.setattr(procfs, "has_memory", lambda pid: pid != os.getpid())
+    with targets.run("hot", "1") as child:
+        probe = host.register(host.files.plan(targets.build("hot"), "target_hot"), pid=child.pid)
+        child.ask("call 5")
+        assert asked.count(True) > 1
+        assert probe.hits == 5
 
 
 def test_bytes_come_out_of_a_process_that_hides_itself(host: Host, targets: Targets) -> None:

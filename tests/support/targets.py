@@ -7,9 +7,10 @@ meet the mappings of another.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +43,27 @@ class Targets:
             output = folder / (f"lib{name}.so" if "-shared" in flags else name)
             compile_c(SOURCES / f"{name}.c", output, flags, compiler)
             self._built[key] = output
+        return self._built[key]
+
+    def build_cxx(self, name: str) -> Path:
+        """Returns the program made from ``NAME.cpp``."""
+        return self._once(name, "g++", lambda output: ["g++", *FLAGS, str(SOURCES / f"{name}.cpp"), "-o", str(output)])
+
+    def build_go(self, name: str) -> Path:
+        """Returns the program made from ``NAME.go``, by the standard library alone."""
+        return self._once(name, "go", lambda output: ["go", "build", "-o", str(output), str(SOURCES / f"{name}.go")])
+
+    def _once(self, name: str, compiler: str, command: Callable[[Path], list[str]]) -> Path:
+        key = (name, (compiler,))
+        if key not in self._built:
+            folder = self._directory / f"{next(self._numbers)}"
+            folder.mkdir(parents=True)
+            environment = {**os.environ, "GOCACHE": str(self._directory / "go-cache"), "GO111MODULE": "off"}
+            result = subprocess.run(
+                command(folder / name), capture_output=True, text=True, check=False, env=environment, cwd=folder
+            )
+            assert result.returncode == 0, f"{compiler} {name}: {result.stderr}"
+            self._built[key] = folder / name
         return self._built[key]
 
     def copy(self, program: Path) -> Path:

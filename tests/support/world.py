@@ -16,7 +16,10 @@ from tests.support.children import ChildDied
 from trapline_agent.engines.fake.world import SimulatedFile, SimulatedProcess, World
 from trapline_agent.plans import SitePlan
 
-_SYMBOLS = ("target_hot", "target_six", "target_forks", "target_execs", "dlfn")
+_SYMBOLS = (
+    *("target_hot", "target_six", "target_forks", "target_execs", "dlfn"),
+    *("target_ret", "target_rec", "target_frame", "target_jumper", "target_hold", "target_fork"),
+)
 
 
 class SimulatedFiles:
@@ -70,11 +73,11 @@ class SimulatedChild:
         self._world = world
         self._program = file_of(world, Path(f"/simulated/{name}"))
         self._library = file_of(world, Path(args[0])) if name == "dl" else None
-        self._symbol = {"dl": "dlfn"}.get(name, f"target_{name}")
+        self._symbol = {"dl": "dlfn", "returns": "target_ret"}.get(name, f"target_{name}")
         self.process = world.spawn(self._program, comm=name)
         self.pid = self.process.pid
         self.popen = SimpleNamespace(kill=self.kill)
-        self._count = {"begun": 0, "done": 0, "wrong": 0, "failed": 0}
+        self._count = {"begun": 0, "done": 0, "wrong": 0, "failed": 0, "calls": 0, "returns": 0, "left": 0}
         self._threads = int(args[0]) if name == "hot" else 1
         self._running = False
         self._held: SimulatedProcess | None = None
@@ -108,6 +111,8 @@ class SimulatedChild:
             case "spawn" if self._symbol == "target_hot":
                 self._threads += n
                 self._run_on()
+            case "recurse" | "jump" | "hold" | "go" | "fork" if self._symbol == "target_ret":
+                self._returns(command, n)
             case "fork" | "vfork" | "spawn" | "clone" | "thread":
                 self._child(command, n)
             case "hold":
@@ -135,6 +140,39 @@ class SimulatedChild:
                 raise AssertionError(f"no simulated target understands `{line}`")
         return f"{command} done"
 
+    def _returns(self, command: str, n: int) -> None:
+        """What the target ``returns`` does with calls that are in flight for a while."""
+        match command:
+            case "recurse":
+                for _ in range(n):
+                    self._enter("target_rec")
+                self._leave(n)
+            case "jump":
+                for _ in range(n):
+                    self._enter("target_frame")
+                    self._enter("target_jumper")
+                    self._world.leave(self.process, times=2, jump=True)
+                    self._count["left"] += 2
+            case "hold":
+                self._enter("target_hold")
+            case "go":
+                self._leave(1)
+            case "fork":
+                self._enter("target_fork")
+                child = self._world.fork(self.process)
+                self._world.leave(child)
+                self._count["returns"] += 1
+                self._bury(child)
+                self._leave(1)
+
+    def _enter(self, symbol: str) -> None:
+        self._count["calls"] += 1
+        self._world.enter(self.process, self._program, offset_of(symbol))
+
+    def _leave(self, n: int) -> None:
+        self._world.leave(self.process, times=n)
+        self._count["returns"] += n
+
     def _called(self, process: SimulatedProcess, n: int, symbol: str) -> str:
         file = self._library if symbol == "dlfn" else self._program
         assert file is not None
@@ -148,6 +186,8 @@ class SimulatedChild:
                 return "died"
             assert places == 1
             self._count["done"] += 1
+            self._count["calls"] += 1
+            self._count["returns"] += 1
         return f"called {n}"
 
     def _child(self, kind: str, n: int) -> None:

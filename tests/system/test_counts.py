@@ -79,6 +79,22 @@ def test_every_step_of_a_python_that_uses_sqlite(stack: Stack) -> None:
 
 
 @needs.sqlite
+def test_every_return_with_its_result(stack: Stack) -> None:
+    with _sqlite() as target, untouched(target.pid):
+        target.ask("connect 1")
+        probe = stack.arm(f"ur:libsqlite3.so.0:sqlite3_step {{retval, ns=latency}} @ pid={target.pid}")
+        steps = int(target.ask("insert 300"))
+        stack.exactly(probe.id, steps)
+        now = stack.client.wait_for(probe.id, lambda p: p.status.counters.calls >= steps)
+        counters = now.status.counters
+        assert (counters.calls, counters.unreturned, now.status.unreturned_by_reason) == (steps, 0, {})
+        hits = stack.recorded(probe.id, steps)
+        assert {hit.args["retval"] for hit in hits} == {101}
+        assert all(isinstance(hit.args["ns"], int) and hit.args["ns"] > 0 for hit in hits)
+        stack.client.delete_probe(probe.id)
+
+
+@needs.sqlite
 def test_a_library_that_is_opened_later_is_counted_from_its_first_call(stack: Stack) -> None:
     with _sqlite() as target, untouched(target.pid):
         library = _libsqlite()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import children, needs
 from tests.support.children import Child
+from tests.support.targets import Targets
 
 SQLITE = """
 import sqlite3, sys
@@ -63,6 +64,37 @@ def test_every_statement_of_a_running_python_is_one_line(number: int, tmp_path: 
         assert row[:4] == ["libsqlite3.so.0:sqlite3_step", "1", f"{len(hits):,}", "0"]
         # As it was before: it goes on, and nobody counts.
         assert target.ask("10") == "10 2010"
+
+
+@needs.ptrace_any
+@needs.sqlite
+def test_every_return_of_a_statement_with_its_result_and_its_time(tmp_path: Path) -> None:
+    """SQLite says by the result what a step did: 100 is a row, 101 the end (sqlite3.h)."""
+    out = tmp_path / "hits"
+    with children.python(SQLITE, interpreter=needs.SYSTEM_PYTHON) as target:
+        with _trace("ur:libsqlite3.so.0:sqlite3_step", "-p", str(target.pid), "--json", "-o", str(out)) as trace:
+            assert "armed in 1 process" in _stderr_line(trace)
+            assert target.ask("500") == "500 500"
+            status, _, summary = _end(trace)
+        assert status == 0
+        hits = [json.loads(line)["args"] for line in out.read_text().splitlines()]
+        assert [hit["retval"] for hit in hits] == [101] * 500 + [100, 101]
+        assert all(0 < hit["latency"] < 60e9 for hit in hits)
+        assert summary.splitlines()[-1].split()[:4] == ["ur:libsqlite3.so.0:sqlite3_step", "1", "502", "0"]
+        assert target.ask("10") == "10 510"
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_calls_that_do_not_return_are_told_at_the_end(targets: Targets) -> None:
+    with targets.run("returns") as target:
+        probe = f"ur:{targets.build('returns')}:target_jumper"
+        with _trace(probe, "-p", str(target.pid), "--json") as trace:
+            assert "armed in 1 process" in _stderr_line(trace)
+            target.ask("jump 20")
+            status, out, summary = _end(trace)
+        assert (status, out) == (0, "")
+        assert summary.splitlines()[-1] == f"{probe}: of 20 calls, not seen to return: 20 abandoned"
 
 
 @needs.ptrace_any

@@ -28,7 +28,7 @@ _REQUESTS = {
 }
 _PROC = re.compile(r"/proc/\d+/")
 _KCMP = 312
-_RESUMES = frozenset(("PTRACE_CONT", "PTRACE_SINGLESTEP", "PTRACE_DETACH", "PTRACE_LISTEN"))
+_RESUMES = frozenset(("PTRACE_CONT", "PTRACE_SYSCALL", "PTRACE_SINGLESTEP", "PTRACE_DETACH", "PTRACE_LISTEN"))
 """What lets a stopped thread go on cannot fail: it is refused for no other reason than that it was killed (kernel/ptrace.c,
 ptrace_resume, ptrace_detach; LISTEN where the stop is no group-stop)."""
 

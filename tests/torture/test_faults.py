@@ -123,6 +123,28 @@ def test_an_errno_at_every_call_of_a_hit(host: Host, targets: Targets, faults: F
             assert child.count()["wrong"] == 0, what
 
 
+def test_an_errno_at_every_call_of_a_return(host: Host, targets: Targets, faults: Faults, torture: Torture) -> None:
+    """The first from its place, where the return point is armed, and the second. A call is a hit, or it is explained."""
+    program = targets.build("returns")
+    plan = host.files.plan(program, "target_ret")
+    with targets.run("returns") as child:
+        host.register(plan, returns=True, pid=child.pid)
+        with faults.on() as calls:
+            child.ask("call 2")
+        host.unregister()
+        for call, code, what in every(torture, calls):
+            probe = host.register(plan, fetches=[], returns=True, pid=child.pid)
+            with faults.at(call, code):
+                child.ask("call 2")
+            child.ask("call 3")
+            assert probe.calls == 5, what
+            assert probe.hits >= 3, what
+            assert probe.hits + sum(probe.unreturned.values()) == 5, what
+            probe.unregister()
+            assert child.count()["wrong"] == 0, what
+        clean(host, child, "return")
+
+
 @pytest.mark.parametrize("kind", ["fork", "vfork", "spawn", "clone", "thread"])
 def test_an_errno_at_every_call_of_a_birth(
     host: Host, targets: Targets, faults: Faults, torture: Torture, kind: str
@@ -193,6 +215,7 @@ def no_descriptors(call: Call) -> int:
     return errno.EMFILE if call.kind == "open" else 0
 
 
+@pytest.mark.slack  # a page cannot be mapped without a descriptor: see test_slots
 @pytest.mark.parametrize("kind", ["fork", "vfork", "spawn", "clone", "thread"])
 def test_no_descriptors_are_left_for_a_birth(host: Host, targets: Targets, faults: Faults, kind: str) -> None:
     program = targets.build("forks")
@@ -229,6 +252,7 @@ def test_no_descriptors_are_left_for_an_exec(host: Host, targets: Targets, fault
         clean(host, child, command)
 
 
+@pytest.mark.slack
 def test_no_descriptors_are_left_for_a_dlopen(host: Host, targets: Targets, faults: Faults) -> None:
     library = targets.library()
     with targets.run("dl", library) as child:

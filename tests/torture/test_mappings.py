@@ -104,6 +104,7 @@ def test_r12_part_of_a_mapping_goes_while_it_is_armed(host: Host, targets: Targe
         assert (count["wrong"], count["stray"]) == (0, 0)
 
 
+@pytest.mark.slack
 @pytest.mark.parametrize("becomes", ["zeros", "other", "unmap"])
 @pytest.mark.parametrize("write", ["arm", "slot", "disarm"])
 def test_r18_no_byte_is_left_in_an_address_that_is_used_again(

@@ -22,7 +22,7 @@ from tests.support.children import Child, run
 from trapline.state import DEFAULT_PORT
 
 ROOT = Path(__file__).resolve().parents[2]
-AGENT_CAPABILITIES = {"SYS_PTRACE", "DAC_OVERRIDE", "CHECKPOINT_RESTORE", "PERFMON"}
+AGENT_CAPABILITIES = {"SYS_PTRACE", "DAC_OVERRIDE", "CHECKPOINT_RESTORE", "PERFMON", "SYS_NICE"}
 UNITS = sorted([*ROOT.glob("agent/*.service"), *ROOT.glob("service/*.service")])
 
 

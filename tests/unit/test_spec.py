@@ -53,21 +53,53 @@ def test_object_and_point(text: str, object_: str, point: Point) -> None:
 
 def test_every_clause() -> None:
     spec = parse_probe(
-        " slow = ur:app:f {size=arg0, str(arg1,128), reg.rbx} @ comm=nginx*, host=web-* if arg0 > 3 -> hist(arg0) by (pid)"
+        " slow = ur:app:f {size=entry(arg0), entry(str(arg1,128)), reg.rbx, str( entry(arg2) ), retval, took=latency}"
+        " @ comm=nginx*, host=web-* if arg0 > 3 -> hist(arg0) by (pid)"
     )
     assert spec.name == "slow"
     assert spec.kind is ProbeKind.RETURN
     assert spec.where == {"comm": "nginx*", "host": "web-*"}
     assert spec.condition == "arg0 > 3"
     assert spec.aggregate == "hist(arg0) by (pid)"
-    assert [(c.name, c.text, c.operand, c.kind, c.max_bytes) for c in spec.captures] == [
-        ("size", "arg0", "arg0", CaptureKind.WORD, 64),
-        ("str(arg1, 128)", "str(arg1, 128)", "arg1", CaptureKind.STRING, 128),
-        ("reg.rbx", "reg.rbx", "reg.rbx", CaptureKind.WORD, 64),
+    string, word = CaptureKind.STRING, CaptureKind.WORD
+    assert [(c.name, c.text, c.operand, c.kind, c.max_bytes, c.entry, c.late) for c in spec.captures] == [
+        ("size", "entry(arg0)", "arg0", word, 64, True, False),
+        ("entry(str(arg1, 128))", "entry(str(arg1, 128))", "arg1", string, 128, True, False),
+        ("reg.rbx", "reg.rbx", "reg.rbx", word, 64, False, False),
+        ("str(entry(arg2))", "str(entry(arg2))", "arg2", string, 64, True, True),
+        ("retval", "retval", "retval", word, 64, False, False),
+        ("took", "latency", "latency", word, 64, False, False),
     ]
     assert spec.text == (
-        "slow=ur:app:f @ comm=nginx*, host=web-* if arg0 > 3 {size=arg0, str(arg1, 128), reg.rbx} -> hist(arg0) by (pid)"
+        "slow=ur:app:f @ comm=nginx*, host=web-* if arg0 > 3 {size=entry(arg0), entry(str(arg1, 128)), reg.rbx,"
+        " str(entry(arg2)), retval, took=latency} -> hist(arg0) by (pid)"
     )
+    require_supported(parse_probe("ur:app:f {retval}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "says"),
+    [
+        ("app:f {retval}", "retval}", "when the function returns"),
+        ("app:f {x=str(retval)}", "retval)}", "`ur:`"),
+        ("app:f {latency}", "latency}", "`ur:`"),
+        ("app:f {entry(arg0)}", "entry(arg0)}", "did you mean `arg0`"),
+        ("app:f {str(entry(arg0))}", "entry(arg0))}", "did you mean `arg0`"),
+        ("ur:app:f {arg0}", "arg0}", "did you mean `entry(arg0)`"),
+        ("ur:app:f {str(arg1)}", "arg1)}", "did you mean `entry(arg1)`"),
+        ("ur:app:f {entry(retval)}", "retval)}", "not known yet"),
+        ("ur:app:f {entry(str(latency))}", "latency))}", "not known yet"),
+        ("ur:app:f {entry(entry(arg0))}", "entry(arg0))}", "inside of"),
+        ("ur:app:f {entry(str(entry(arg0)))}", "entry(arg0)))}", "inside of"),
+        ("ur:app:f {entry()}", "entry()}", "takes one value"),
+        ("p /a:f $retval", "$retval", "`ur:`"),
+    ],
+)
+def test_values_of_another_time_are_refused(text: str, at: str, says: str) -> None:
+    with pytest.raises(SpecError) as e:
+        parse_probe(text)
+    assert caret(e.value) == at
+    assert says in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +113,8 @@ def test_every_clause() -> None:
         ("p:grp/ev /bin/bash:f $arg1", "ev=/bin/bash:f {arg0}"),
         ("r:rl /bin/bash:readline", "rl=ur:/bin/bash:readline"),
         ("/bin/bash:readline%return", "ur:/bin/bash:readline"),
+        ("r /b:f $retval a=$arg1 s=+0($arg2):string", "ur:/b:f {retval, a=entry(arg0), s=entry(str(arg1))}"),
+        ("r /b:f t=+0($retval):string %ax", "ur:/b:f {t=str(retval), reg.rax}"),
         ("uprobe:/bin/bash:readline", "/bin/bash:readline"),
         ("uretprobe:/bin/bash:readline", "ur:/bin/bash:readline"),
         ("usdt:/bin/app:prov:name", 'usdt:/bin/app:"prov:name"'),
@@ -143,7 +177,7 @@ def test_wrong_texts_say_what_and_where(text: str, at: str, says: str) -> None:
     [
         ("app:f {arg0 + 1}", "arg0 + 1}", "a value other"),
         ("app:f {x=u32(arg0)}", "u32(arg0)}", "`u32()`"),
-        ("app:f {retval}", "retval}", "`retval`"),
+        ("app:f {reg.xmm0}", "reg.xmm0}", "floating-point"),
         ("app:f {arg6}", "arg6}", "stack"),
         ("app:f {size}", "size}", "by its name"),
         ("app:f {str(arg0, arg1)}", "arg1)}", "computed length"),
@@ -161,7 +195,6 @@ def test_captures_beyond_this_release_are_unsupported(text: str, at: str, featur
 @pytest.mark.parametrize(
     ("text", "at", "feature"),
     [
-        ("ur:app:f", "ur:app:f", "return probes"),
         ("usdt:app:x", "usdt:app:x", "USDT"),
         ("app:/x/", "/x/", "regular expression"),
         ("app:a.c:3", "a.c:3", "source line"),
@@ -300,8 +333,10 @@ _points = st.one_of(
 def test_spec_to_text_to_spec(
     name: str, kind: ProbeKind, object_: str, point: Point, where: dict[str, str], columns: dict[str, str]
 ) -> None:
+    if kind is ProbeKind.RETURN:
+        columns = {k: v if "reg." in v else f"entry({v})" for k, v in columns.items()}
     captures = parse_probe(
-        "a:f" + (" {" + ", ".join(f"{k}={v}" for k, v in columns.items()) + "}" if columns else "")
+        f"{kind.value}:a:f" + (" {" + ", ".join(f"{k}={v}" for k, v in columns.items()) + "}" if columns else "")
     ).captures
     spec = ProbeSpec(
         text="", name=name, kind=kind, object=object_, point=point,

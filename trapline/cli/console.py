@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -118,6 +118,20 @@ def read_budget(text: str | None) -> Budget:
     if not 0 < share <= 16:
         raise typer.BadParameter(f"{text!r} is neither a percentage of a CPU's time, such as 5%, nor 'off'")
     return share
+
+
+def unreturned(calls: int, returned: int, reasons: Mapping[str, int]) -> str:
+    """Returns what a return probe has not seen return, for people; empty where it has seen all.
+
+    Args:
+        calls: that began.
+        returned: those that returned.
+        reasons: those that will not be seen to return.
+    """
+    parts = [f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count]
+    if (in_flight := calls - returned - sum(reasons.values())) > 0:
+        parts.append(f"{in_flight:,} in flight")
+    return ", ".join(parts)
 
 
 def uncovered(ms: int) -> str:

@@ -21,11 +21,12 @@ from trapline.cli.console import (
     progress,
     read_budget,
     uncovered,
+    unreturned,
 )
 from trapline.cli.rows import format_hit, plain
 from trapline.client import Client, Gap
 from trapline.errors import NotFound
-from trapline.model import Phase, Probe, Resolution, Target, TargetState
+from trapline.model import Phase, Probe, ProbeKind, Resolution, Target, TargetState
 
 probe_app = typer.Typer(help="Add, list, show and remove probes.", no_args_is_help=True)
 
@@ -103,6 +104,7 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         return
     status = found.status
     counters = status.counters
+    text = unreturned(counters.calls, counters.hits + counters.limited, status.unreturned_by_reason)
     facts = [
         ("name", found.name),
         ("id", found.id),
@@ -113,6 +115,11 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
             "hits",
             f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)}"
             f"{uncovered(counters.uncovered_ms)})",
+        ),
+        *(
+            [("calls", f"{counters.calls:,}" + (f" (not returned: {text})" if text else ""))]
+            if found.spec.kind is ProbeKind.RETURN
+            else []
         ),
         ("overhead", f"{microseconds(status.overhead_ns)} a hit"),
         ("created", f"{_time(found.created_at)}{f' by {found.created_by}' if found.created_by else ''}"),

@@ -30,6 +30,7 @@ from trapline.cli.console import (
     print_table,
     progress,
     uncovered,
+    unreturned,
 )
 from trapline.cli.rows import Lines
 from trapline.errors import NotFound, SpecError, TraplineError
@@ -340,6 +341,9 @@ class Session:
         note("")
         print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
         for probe, traced in self._probes.items():
+            stats = traced.run.stats
+            if stats and (text := unreturned(stats.calls, stats.hits + stats.limited, stats.unreturned)):
+                note(f"{probe}: of {stats.calls:,} calls, not seen to return: {text}")
             if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
                 note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
 

@@ -57,6 +57,7 @@ class Observed(Model):
     targets: list[Target] = Field(default_factory=list)
     counters: Counters = Field(default_factory=Counters)
     dropped_by_reason: dict[str, int] = Field(default_factory=dict)
+    unreturned_by_reason: dict[str, int] = Field(default_factory=dict)
     overhead_ns: float | None = None
     error: dict[str, Any] | None = None
 

@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
 import { toProblem } from "../src/api/problem";
 import { ColourBook } from "../src/state/colours";
-import { captured, clock, countdown, nanoseconds, quoted, rate, short, word } from "../src/ui/format";
+import { callsLine, captured, clock, countdown, nanoseconds, quoted, rate, short, word } from "../src/ui/format";
 
 test.each([
   [0, "0"],
@@ -52,4 +52,18 @@ test("eight probes have eight colours, which stay theirs", () => {
   const first = Array.from({ length: 8 }, (_, i) => book.of(`p${i}`));
   expect(new Set(first).size).toBe(8);
   expect(book.of("p3")).toBe(first[3]);
+});
+
+test("what a return probe has not seen return", () => {
+  const status = (calls: number, hits: number, reasons: Record<string, number>) =>
+    ({
+      spec: { kind: "ur" },
+      status: {
+        counters: { calls, hits, limited: 0, unreturned: Object.values(reasons).reduce((a, b) => a + b, 0) },
+        unreturned_by_reason: reasons,
+      },
+    }) as unknown as Parameters<typeof callsLine>[0];
+  expect(callsLine(status(1050, 1000, { abandoned: 48 }))).toBe("Of 1,050 calls, not seen to return: 48 abandoned, 2 in flight");
+  expect(callsLine(status(10, 10, {}))).toBe("");
+  expect(callsLine({ ...status(10, 1, {}), spec: { kind: "u" } } as never)).toBe("");
 });

@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { expressionOf, joinProbe, searchOf, splitProbe, toggleCapture, withLocation, withSelector, withSuggestion } from "../src/ui/probetext";
+import { expressionOf, isReturn, joinProbe, searchOf, splitProbe, toggleCapture, withLocation, withSelector, withSuggestion } from "../src/ui/probetext";
 
 describe("taking a probe text apart", () => {
   test.each([
@@ -76,4 +76,9 @@ describe("editing it with clicks", () => {
   ])("%s is searched for as %o", (text, want) => {
     expect(searchOf(text)).toEqual(want);
   });
+});
+
+test("return probes are known by their kind", () => {
+  expect(["ur:libc.so.6:malloc", " slow = ur:a:b {retval}", "uretprobe:/bin/a:b"].map(isReturn)).toEqual([true, true, true]);
+  expect(["libc.so.6:malloc", "u:a:b", "ur", "a:ur:b", "x=u:ur:b", ""].map(isReturn)).toEqual([false, false, false, false, false, false]);
 });

@@ -1,5 +1,7 @@
 """Turns fetched words and memory into values, at the trap: the tracer's half of a capture.
 
+A return probe fetches twice: ``ReturnEvaluator.enter`` keeps what is asked of the entry, ``leave`` puts the row together.
+
 Nothing here can fail: a pointer that is null or leads nowhere is a value with that status.
 """
 
@@ -11,7 +13,7 @@ from operator import itemgetter
 
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.arch.x86_64.registers import INDEX
-from trapline_agent.plans import FetchPlan
+from trapline_agent.plans import LATENCY, FetchPlan
 
 _USER_TOP = 0x7FFF_FFFF_F000
 """End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""
@@ -65,6 +67,69 @@ class Evaluator:
                 index = interned[text] = len(strings)
                 strings.append(text)
             values.append(index)
+            statuses.append(status)
+        return values + statuses
+
+
+Kept = tuple[int | tuple[bytes, ValueStatus], ...]
+"""What a call keeps for its return: words, and strings with their status."""
+
+
+class ReturnEvaluator:
+    """The fetches of one return probe, compiled."""
+
+    def __init__(self, fetches: Sequence[FetchPlan]) -> None:
+        self._at_entry = [(INDEX[f.register], f.string and not f.late, f.max_bytes) for f in fetches if f.entry]
+        kept = 0
+        self._at_return: list[tuple[int, int, bool, int]] = []
+        """(index of what was kept or -1, register or -1 for the latency, is it a string, its bytes)"""
+        self._has_strings = any(f.string for f in fetches)
+        self._zeros = [int(ValueStatus.OK)] * len(fetches)
+        for f in fetches:
+            if f.entry:
+                self._at_return.append((kept, 0, f.string, f.max_bytes))
+                kept += 1
+            else:
+                self._at_return.append((-1, -1 if f.register == LATENCY else INDEX[f.register], f.string, f.max_bytes))
+
+    def enter(self, words: Sequence[int], memory: int) -> Kept:
+        """Fetches what is asked of the entry."""
+        if not self._at_entry:
+            return ()
+        return tuple(
+            read_string(memory, words[register], limit) if is_string else words[register]
+            for register, is_string, limit in self._at_entry
+        )
+
+    def leave(
+        self,
+        words: Sequence[int],
+        memory: int,
+        latency_ns: int,
+        kept: Kept,
+        interned: dict[bytes, int],
+        strings: list[bytes],
+    ) -> list[int]:
+        """Returns the values as ``Evaluator`` does, of a call whose ``enter`` gave ``kept``."""
+        if not self._has_strings:
+            return [  # type: ignore[return-value] # what is kept are words
+                kept[index] if index >= 0 else latency_ns if register < 0 else words[register]
+                for index, register, _, _ in self._at_return
+            ] + self._zeros
+        values: list[int] = []
+        statuses: list[int] = []
+        for index, register, is_string, limit in self._at_return:
+            word = kept[index] if index >= 0 else latency_ns if register < 0 else words[register]
+            if not is_string and isinstance(word, int):
+                values.append(word)
+                statuses.append(ValueStatus.OK)
+                continue
+            text, status = read_string(memory, word, limit) if isinstance(word, int) else word
+            known = interned.get(text)
+            if known is None:
+                known = interned[text] = len(strings)
+                strings.append(text)
+            values.append(known)
             statuses.append(status)
         return values + statuses
 

@@ -5,24 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trapline.errors import Unsupported
-from trapline.model import Capture, CaptureKind
-from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS
-from trapline_agent.plans import FetchPlan
+from trapline.model import Capture, CaptureKind, ProbeKind
+from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS, RESULT_REGISTER
+from trapline_agent.plans import LATENCY, FetchPlan
+
+_OF_A_RETURN = (
+    Capture(text="retval", name="retval", operand="retval"),
+    Capture(text=LATENCY, name=LATENCY, operand=LATENCY),
+)
+"""What a return probe fetches that asks for nothing."""
 
 
-def lower(captures: Iterable[Capture]) -> list[FetchPlan]:
+def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY) -> list[FetchPlan]:
     """Returns one fetch for each capture, in order.
 
     Raises:
         Unsupported: an operand that this processor does not have.
     """
+    captures = list(captures)
+    if kind is ProbeKind.RETURN:
+        captures = captures or list(_OF_A_RETURN)
     return [
-        FetchPlan(c.name, _register(c), string=c.kind is CaptureKind.STRING, max_bytes=c.max_bytes) for c in captures
+        FetchPlan(
+            c.name,
+            _register(c),
+            string=c.kind is CaptureKind.STRING,
+            max_bytes=c.max_bytes,
+            entry=c.entry,
+            late=c.late,
+        )
+        for c in captures
     ]
 
 
 def _register(capture: Capture) -> str:
     operand = capture.operand
+    if operand == "retval":
+        return RESULT_REGISTER
+    if operand == LATENCY:
+        return LATENCY
     number = operand.removeprefix("arg")
     if number != operand and number.isdecimal() and int(number) < len(ARGUMENT_REGISTERS):
         return ARGUMENT_REGISTERS[int(number)]

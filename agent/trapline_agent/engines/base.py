@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from trapline_agent.capture.evaluate import Kept
 from trapline_agent.plans import FileKey, SitePlan
 
 
@@ -52,6 +53,34 @@ class Sink(Protocol):
         """
 
 
+class ReturnSink(Protocol):
+    """Records the calls of one function for one consumer. Called as ``Sink`` is.
+
+    Each ``enter`` is followed by one ``leave`` or one ``lose``, or the call is in flight still. A fork copies the calls that
+    are in flight: the child's copies count (``inherit``) only if they return there.
+    """
+
+    def enter(self, words: Sequence[int], memory: int, /) -> Kept:
+        """Takes a call at its entry; ``words`` and ``memory`` as in ``Sink``. Returns what it keeps for ``leave``."""
+
+    def leave(
+        self, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept, /
+    ) -> None:
+        """Takes a call at its return.
+
+        Args:
+            ts, pid, tid, words, memory: as in ``Sink``, at the instruction that it returned to.
+            latency_ns: from when the thread was let go on at the entry to the trap at the return.
+            kept: what ``enter`` returned.
+        """
+
+    def inherit(self) -> None:
+        """A call that began in a parent process returns: comes just before its ``leave``."""
+
+    def lose(self, reason: str, /) -> None:
+        """A call that was entered will not be seen to return."""
+
+
 @dataclass(eq=False, slots=True)
 class Tally:
     """What one site of one process has cost: the overhead breaker goes by it. It outlives the breakpoint, which may be taken
@@ -68,8 +97,12 @@ class SiteRequest:
     addr: int
     plan: SitePlan
     sinks: tuple[Sink, ...] = ()
+    returns: tuple[ReturnSink, ...] = ()
+    """Who wants the calls of the function that begins here, when they return."""
     is_hook: bool = False
     """The engine's own look-out (the loader's ``_dl_debug_state``): each hit there reconciles the process."""
+    unwinds: bool = False
+    """The engine's look-out for calls that are left: the C library's longjmp."""
     slack_addr: int = 0
     """Where the plan's slack is mapped executable in this process; 0 where it is not."""
     tally: Tally = field(default_factory=Tally)
@@ -109,6 +142,14 @@ class Observer(Protocol):
     def wanted(self, process: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
         """Says what is wanted in a process, by its mappings now. ``parent`` is given at a fork. Raises ProcessLookupError
         when it is gone."""
+
+    def place(self, process: ProcessId, addr: int) -> SiteRequest:
+        """Says what is at an address that a call will return to, so that it can be armed.
+
+        Raises:
+            Unsupported: with the reason why it cannot be.
+            ProcessLookupError: the process is gone.
+        """
 
     def is_wanted(self, plan: SitePlan) -> bool:
         """Says whether anybody wants an instruction in any process; needs to look at none."""

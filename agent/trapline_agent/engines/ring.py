@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from trapline.protocol.hits import Header, HitBatch, row_dtype, row_format, schema
-from trapline_agent.capture.evaluate import Evaluator
+from trapline_agent.capture.evaluate import Evaluator, Kept, ReturnEvaluator
 from trapline_agent.plans import FetchPlan
 
 ROWS = 2048
@@ -46,6 +46,7 @@ class HitRing:
         fetches: Sequence[FetchPlan] = (),
         *,
         max_hits: int = 0,
+        returns: bool = False,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
     ) -> None:
@@ -53,14 +54,17 @@ class HitRing:
         Args:
             fetches: what each hit captures.
             max_hits: hits to record; further ones are counted as limited. 0: all.
+            returns: it is for a return probe: ``return_sink`` makes its sinks.
             on_data: called when a row is written to an empty ring, by the writing thread.
             on_limit: called once when ``max_hits`` is reached, likewise.
         """
         self.columns = schema([(f.name, f.string) for f in fetches])
         self._dtype = row_dtype(self.columns)
         self._row = struct.Struct(row_format(self.columns))
-        self._evaluate = Evaluator(fetches)
+        self._evaluate = Evaluator(() if returns else fetches)
+        self._evaluate_return = ReturnEvaluator(fetches if returns else ())
         self._max = max_hits
+        self._returns = returns
         self._on_data = on_data
         self._on_limit = on_limit
         self._lock = threading.Lock()
@@ -71,8 +75,61 @@ class HitRing:
         self.limited = 0
         self.drops: dict[str, int] = {}
         """Hits that were let go, by where."""
+        self.calls = 0
+        """Of a return probe: calls that began. All of them are hits, limited, unreturned, or in flight."""
+        self.unreturned: dict[str, int] = {}
+        """Calls whose return will not be seen, by reason."""
         self.overhead_ns: deque[int] = deque(maxlen=OVERHEAD_SAMPLES)
         """Samples of how long the engine held a thread for one hit, in ns."""
+
+    @property
+    def in_flight(self) -> int:
+        """Calls of a return probe that have not returned yet."""
+        with self._lock:
+            if not self._returns:
+                return 0
+            return self.calls - self.hits - self.limited - sum(self.unreturned.values())
+
+    def return_sink(self, site: int) -> ReturnRecorder:
+        """Returns the ``ReturnSink`` that records calls of this site."""
+        return ReturnRecorder(self, site)
+
+    def begin(self, words: Sequence[int], memory: int) -> Kept:
+        """Counts a call; returns what it keeps for its return."""
+        with self._lock:
+            self.calls += 1
+        return self._evaluate_return.enter(words, memory)
+
+    def begin_elsewhere(self) -> None:
+        """Counts a call that began in a parent process, before the fork."""
+        with self._lock:
+            self.calls += 1
+
+    def end(
+        self, site: int, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
+    ) -> None:
+        """Records the return of a call."""
+        with self._lock:
+            if self._max and self.hits >= self._max:
+                self.limited += 1
+                return
+            chunk = self._chunk
+            if chunk.count == ROWS:
+                chunk = self._rotate()
+            n = chunk.count
+            values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings)
+            self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *values)
+            chunk.count = n + 1
+            self.hits += 1
+            if n == 0:
+                self._on_data()
+            if self._max and self.hits == self._max:
+                self._on_limit()
+
+    def end_unseen(self, reason: str) -> None:
+        """Counts a call whose return will not be seen."""
+        with self._lock:
+            self.unreturned[reason] = self.unreturned.get(reason, 0) + 1
 
     def sink(self, site: int) -> Callable[[int, int, int, Sequence[int], int], None]:
         """Returns the ``Sink`` that records hits of this site."""
@@ -174,3 +231,19 @@ class HitRing:
         """Returns the median of the last samples, in ns; 0.0 before the first."""
         samples = sorted(itertools.islice(self.overhead_ns, OVERHEAD_SAMPLES))
         return float(samples[len(samples) // 2]) if samples else 0.0
+
+
+class ReturnRecorder:
+    """A ``ReturnSink`` over a ring."""
+
+    def __init__(self, ring: HitRing, site: int) -> None:
+        self._site = site
+        self._end = ring.end
+        self.enter = ring.begin
+        self.inherit = ring.begin_elsewhere
+        self.lose = ring.end_unseen
+
+    def leave(
+        self, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
+    ) -> None:
+        self._end(self._site, ts, pid, tid, words, memory, latency_ns, kept)

@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -23,8 +24,17 @@ def die_with_parent(parent: int, signal: int) -> None:
         os._exit(127)
 
 
-def lock_memory() -> None:
-    """Keeps all that this process has mapped, and will map, in memory: mlockall(2). Raises OSError."""
-    if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) < 0:
+def set_name(name: str) -> None:
+    """Sets what ps shows as this process' name, 15 bytes at most."""
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def lock_memory(*, future: bool = True) -> None:
+    """Keeps all that this process has mapped in memory: mlockall(2). Raises OSError.
+
+    Args:
+        future: also what it will map; that fails then, where it would be more than RLIMIT_MEMLOCK.
+    """
+    if _libc.mlockall(_MCL_CURRENT | (_MCL_FUTURE if future else 0)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mlockall: {os.strerror(code)}")

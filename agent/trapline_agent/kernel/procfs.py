@@ -105,6 +105,11 @@ def has_ended(pid: int, tid: int) -> bool:
         return True
 
 
+def has_memory(pid: int) -> bool:
+    """Whether a process has an address space: kernel threads have none, nor has what has ended."""
+    return not read(f"/proc/{pid}/statm").startswith(b"0 ")
+
+
 def live_task(pid: int) -> int:
     """Returns a thread of a process that has not ended: its leader, or another. Raises ProcessLookupError."""
     if not has_ended(pid, pid):

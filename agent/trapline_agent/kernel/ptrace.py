@@ -38,6 +38,7 @@ from ptrace.binding.func import (
     PTRACE_SETREGS,
     PTRACE_SETSIGINFO,
     PTRACE_SINGLESTEP,
+    PTRACE_SYSCALL,
     REGISTER_NAMES,
     ptrace_registers_t,
 )
@@ -112,6 +113,12 @@ def single_step(tid: int) -> None:
     """Runs one instruction; ends in a SIGTRAP stop."""
     if _fast(PTRACE_SINGLESTEP, tid, None, None) < 0:
         raise _fail("PTRACE_SINGLESTEP", tid)
+
+
+def to_system_call(tid: int) -> None:
+    """Lets a stopped thread go on until it enters or leaves a system call (PTRACE_SYSCALL)."""
+    if _fast(PTRACE_SYSCALL, tid, None, None) < 0:
+        raise _fail("PTRACE_SYSCALL", tid)
 
 
 def detach(tid: int, signal: int = 0) -> None:

@@ -18,6 +18,8 @@ from trapline.errors import NotFound
 from trapline_agent.symbols.elf import FUNC, IFUNC, ElfFile, Segment, SymbolTable
 
 _BINDS = {0: "local", 1: "global", 2: "weak", 10: "global"}  # 10: STB_GNU_UNIQUE
+_GO = "runtime.gopanic"
+"""What every Go program has."""
 _CHUNK = 100_000
 """Names that are looked at together: about 40 MB of arrays."""
 _MAX_IDENTITIES = 10_000
@@ -79,6 +81,7 @@ class SymbolIndex:
         self._by_name: dict[str, list[int]] = {}
         for i, symbol in enumerate(self._symbols):
             self._by_name.setdefault(symbol.name, []).append(i)
+        self.is_go = _GO in self._by_name
         # Functions first at an offset, so that the best of several names answers.
         self._order = sorted(
             range(len(self._symbols)), key=lambda i: (self._symbols[i].offset, _rank(self._symbols[i]))

@@ -139,6 +139,16 @@ def content_at(pid: int, addr: int, length: int) -> bytes | None:
     return None
 
 
+def span_at(pid: int, addr: int) -> tuple[int, int]:
+    """Returns start and end of the mapping, of whatever kind, that has an address; (0, 0) where there is none. Raises as
+    ``read_maps``."""
+    for line in read_maps(pid).splitlines():
+        start, end = (int(part, 16) for part in line[: line.index(b" ")].split(b"-"))
+        if start <= addr < end:
+            return start, end
+    return 0, 0
+
+
 def needle(file: FileKey) -> bytes:
     """Returns bytes that are in a maps text if the file is mapped (and, rarely, in a path of another)."""
     return f" {file.dev} {file.inode} ".encode()

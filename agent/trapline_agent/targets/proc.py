@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from trapline_agent.kernel import procfs
 from trapline_agent.targets import maps, process
+from trapline_agent.targets.files import open_mapped
+from trapline_agent.targets.maps import Mapping
 from trapline_agent.targets.process import ProcessFacts
 
 
@@ -20,6 +23,9 @@ class Proc(Protocol):
 
     def maps(self, pid: int) -> bytes:
         """The text of /proc/PID/maps: proc(5)."""
+
+    def content(self, pid: int, mapping: Mapping, offset: int, size: int) -> bytes:
+        """Bytes of a mapped file, fewer at its end. Raises TraplineError where it cannot be opened, OSError."""
 
     def start_time(self, pid: int) -> int:
         """Clock ticks after boot."""
@@ -39,6 +45,13 @@ class RealProc:
 
     def maps(self, pid: int) -> bytes:
         return maps.read_maps(pid)
+
+    def content(self, pid: int, mapping: Mapping, offset: int, size: int) -> bytes:
+        fd = open_mapped(pid, mapping)
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
 
     def start_time(self, pid: int) -> int:
         return procfs.start_time(pid)

@@ -27,6 +27,11 @@ def main() -> int:
         "out when it does not hear of it for the lease, and on SIGTERM.",
     )
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on (made with mode 0600)")
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        help="file that says what is left in programs if the tracer is killed (default: the socket's name, .journal)",
+    )
     parser.add_argument("--stay", action="store_true", help="go on without an agent when the lease has ended")
     parser.add_argument("--verbose", action="store_true", help="log more, to standard error")
     parser.add_argument(
@@ -47,9 +52,14 @@ def main() -> int:
     standing = Standing()
     standing.take()
     try:
-        tracer = Tracer(args.socket, stay=args.stay or bool(args.supervise), before_exec=standing.give_back)
+        tracer = Tracer(
+            args.socket,
+            journal=args.journal,
+            stay=args.stay or bool(args.supervise),
+            before_exec=standing.give_back,
+        )
     except OSError as e:
-        print(f"trapline-tracer: cannot listen on {args.socket}: {e.strerror or e}", file=sys.stderr)
+        print(f"trapline-tracer: cannot serve at {args.socket}: {e.strerror or e}", file=sys.stderr)
         return 2
     # What start-up made lives for ever; a collection in the middle of a hit would hold up the target for it.
     gc.collect()

@@ -275,8 +275,11 @@ class Breaker:
         self._set_up(shares, loads)
         for probe, fuse in self._probes.items():
             fuse.step(now, dt, {load.point: load.seconds for load in loads if probe in load.probes})
+        by_process: dict[ProcessId, dict[Point, float]] = {}
+        for load in loads:
+            by_process.setdefault(load.point.process, {})[load.point] = load.seconds
         for process, fuse in list(self._processes.items()):
-            fuse.step(now, dt, {load.point: load.seconds for load in loads if load.point.process == process})
+            fuse.step(now, dt, by_process.get(process, {}))
             if fuse.calm:
                 del self._processes[process]
         if self._host is not None:
@@ -288,7 +291,7 @@ class Breaker:
     def forget(self, process: ProcessId) -> None:
         """A process has ended: the budget of its own goes with it; of others it has used what it has used."""
         self._processes.pop(process, None)
-        for fuse in self._fuses():
+        for fuse in (*self._probes.values(), *((self._host,) if self._host is not None else ())):
             fuse.forget(process)
 
     def _set_up(self, shares: Mapping[str, float | None], loads: Sequence[Load]) -> None:

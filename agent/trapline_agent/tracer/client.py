@@ -174,6 +174,7 @@ class TracerClient:
         where: Mapping[str, str] | None = None,
         max_hits: int = 0,
         overhead: float | None = None,
+        returns: bool = False,
     ) -> None:
         """Registers a probe, or adds sites to it; returns when every process that maps the files now is armed or refused.
 
@@ -190,6 +191,7 @@ class TracerClient:
                 where=dict(where or {}),
                 max_hits=max_hits,
                 overhead=overhead,
+                returns=returns,
             )
         )
 

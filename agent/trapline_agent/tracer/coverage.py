@@ -50,6 +50,10 @@ class CoverageLog:
         while len(self._unsent) > MAX_ENTRIES:
             del self._unsent[next(iter(self._unsent))]
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether a target is entered as armed now."""
+        return key in self._open
+
     def end(self, key: Key, at_ns: int) -> None:
         """Enters that a target is armed no more; ``at_ns`` is CLOCK_REALTIME."""
         entry = self._open.pop(key, None)

@@ -29,6 +29,7 @@ from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import LATENCY
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.guard import Guard
@@ -36,6 +37,7 @@ from trapline_agent.tracer.hooks import ExecHook, MappingHook
 from trapline_agent.tracer.launch import Command, start
 from trapline_agent.tracer.looks import Looks
 from trapline_agent.tracer.mappers import Held, MapperHook
+from trapline_agent.tracer.safeguard import Safeguard
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import Consumer, Table
 
@@ -60,10 +62,18 @@ _UCRED = struct.Struct("=iII")
 class Tracer:
     """One tracer process. ``run`` on the main thread; it returns when it is to exit and nothing is armed any more."""
 
-    def __init__(self, path: Path, *, stay: bool = False, before_exec: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        journal: Path | None = None,
+        stay: bool = False,
+        before_exec: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             path: where to listen; a stale socket there is replaced.
+            journal: what is armed; None: beside the socket. What an earlier tracer left is taken out by it.
             stay: go on without an agent after the lease ended (nothing is armed then), instead of exiting.
             before_exec: called in the child that becomes a launched command.
 
@@ -71,6 +81,7 @@ class Tracer:
             OSError: the socket cannot be made there, or a tracer listens there already (EADDRINUSE).
         """
         self._path = path
+        self._server = listen(path)
         self._stay = stay
         self._before_exec = before_exec
         self._source = new_id("trc")
@@ -81,8 +92,8 @@ class Tracer:
         self._pending: set[object] = set()
         """What is among the news already and needs not be there twice."""
         self._table = Table(lambda: self._post_once("targets", self._send_targets))
-        self._table.self_pids = frozenset((os.getpid(),))
-        self._engine = PtraceEngine(self._table)
+        self._safeguard = Safeguard(journal or path.with_suffix(".journal"))
+        self._engine = PtraceEngine(self._table, self._safeguard.journal)
         self._table.on_exit = self._process_ended
         self._guard = Guard(self._table, self._look_at)
         self._capabilities = self._engine.capabilities()
@@ -131,7 +142,6 @@ class Tracer:
         self._next_reconcile = time.monotonic() + _RECONCILE_S
         self._mapped_due: dict[int, float] = {}
         self._selector = selectors.DefaultSelector()
-        self._server = listen(path)
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_r, selectors.EVENT_READ, self._woken)
 
@@ -142,6 +152,7 @@ class Tracer:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda signum, frame: self._post(self._stop))
+        self._safely(self._start_guardian)
         log.info("tracer ready on %s (%s)", self._path, self._source)
         try:
             while not self._done:
@@ -171,6 +182,7 @@ class Tracer:
             self._safely(self._execs.close)
             self._safely(self._mappers.close)
             self._safely(self._path.unlink, True)
+            self._safely(self._safeguard.close)
 
     def _safely(self, work: Callable[..., object], *args: object) -> None:
         """Does what nobody waits for; a failure must not end the process that holds the traps, nor keep it from what is to
@@ -278,6 +290,8 @@ class Tracer:
                     self._reconcile_all()
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
+                    if self._table.consumers:
+                        self._look_once("loaders", self._everyone)
                     self._set_marks()
                 case m.Launch():
                     done.pid = self._launch(message)
@@ -332,11 +346,29 @@ class Tracer:
         self._stats.clear()
 
     def _spare(self, pids: Iterable[int]) -> None:
-        """Sets Trapline's own processes besides this one and the answerer."""
+        """Sets Trapline's own processes besides this one, the answerer and the guardian."""
         self._spared = frozenset(pids)
-        own = {os.getpid(), self._mappers.pid, *self._spared} - {0}
+        own = {os.getpid(), self._mappers.pid, self._safeguard.pid, *self._spared} - {0}
         self._table.self_pids = frozenset(own)
         self._mappers.spare(self._table.self_pids)
+
+    # --- the guardian ------------------------------------------------------------------------------------------------
+
+    def _start_guardian(self) -> None:
+        """Starts one, in the place of one that ended. Failing that it is tried again at each tick."""
+        try:
+            self._safeguard.start()
+        finally:
+            self._spare(self._spared)
+        self._selector.register(self._safeguard.descriptor(), selectors.EVENT_READ, self._guardian_ended)
+        if self._table.consumers:
+            self._reconcile_all()  # it may have been taken for a target before it was known
+
+    def _guardian_ended(self) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._safeguard.descriptor())
+        if self._safeguard.ended():
+            self._start_guardian()
 
     # --- probes ------------------------------------------------------------------------------------------------------
 
@@ -348,12 +380,14 @@ class Tracer:
             )
 
         def ring() -> HitRing:
-            return HitRing(
+            made = HitRing(
                 message.fetches,
                 max_hits=message.max_hits,
+                returns=message.returns,
                 on_data=self._shipper.data,
-                on_limit=lambda: self._post(lambda: self._complete(message.probe)),
+                on_limit=lambda: self._post(lambda: self._complete(message.probe, made)),
             )
+            return made
 
         known = self._table.consumer(message.probe)
         before = None if known is None else (known.register, known.plans)
@@ -373,6 +407,8 @@ class Tracer:
                 self._table.retract(message, *before)
                 followed = self._engine.processes
                 self._look(lambda: self._table.concerned(consumer, followed()), "reconcile", lambda _: done(error))
+            elif self._table.consumer(message.probe) is not consumer or consumer.register is not message:
+                done(error)  # it was taken out, or another registration came, which has a look of its own
             else:
                 # Out by the way that any probe goes out, which lists the processes again (semantics R5).
                 self._unregister(message.probe, lambda: done(error))
@@ -408,8 +444,10 @@ class Tracer:
         self._stats.pop(consumer.probe, None)
         self._shipper.data()
 
-    def _complete(self, probe: str) -> None:
-        if self._table.consumer(probe) is not None:
+    def _complete(self, probe: str, ring: HitRing) -> None:
+        """A ring is full; its probe may have been taken out since, and registered again."""
+        consumer = self._table.consumer(probe)
+        if consumer is not None and consumer.ring is ring:
             self._unregister(probe, lambda: self._shipper.send(m.Completed(probe=probe)))
 
     def _take_all_out(self) -> None:
@@ -525,6 +563,8 @@ class Tracer:
             limited=ring.limited,
             uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
+            calls=ring.calls,
+            unreturned=dict(ring.unreturned),
             overhead_ns=ring.median_overhead_ns(),
         )
 
@@ -535,6 +575,8 @@ class Tracer:
             self._shipper.send(m.Covered(probe=probe, entries=entries))
 
     def _tick(self, now: float) -> None:
+        if self._safeguard.ended():
+            self._safely(self._start_guardian)
         if retry := self._engine.tick():
             self._look(lambda: retry, "reconcile")
         self._table.measure()
@@ -558,6 +600,7 @@ class Tracer:
         if self._table.consumers:
             log.warning("the agent has not been heard of for %.3g s: everything is taken out", self._lease_s)
         self._take_all_out()
+        self._set_marks()
         self._hook.watch([])
         if self._agent is not None:
             # It hangs. It is told, in case it wakes up, and is treated as one that is gone: it has to connect again.
@@ -653,6 +696,8 @@ def _check_register(message: m.Register) -> None:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
     for fetch in message.fetches:
+        if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
+            continue
         if fetch.register not in REGISTERS:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")
         if not 1 <= fetch.max_bytes <= _MAX_FETCH_BYTES:

@@ -136,6 +136,9 @@ class MapperHook:
                     self._answerer.request(Kind.UNMARK, fd)
             os.close(fd)
         self.refused = {f: why for f, why in self.refused.items() if f in wanted}
+        # Before the marks: from each on there may be somebody who waits. Replaced, never changed: the worker reads it.
+        by_stat = {file: os.fstat(fd) for file, fd in wanted.items()}
+        self._by_stat = {(found.st_dev, found.st_ino): file for file, found in by_stat.items()}
         own: frozenset[FileKey] | None = None
         if self._answerer is not None and self._answerer.ended:
             self._give_up()
@@ -150,10 +153,6 @@ class MapperHook:
                 why = self._mark(file, fd)
             if why:
                 self.refused[file] = why
-        self._by_stat = {}
-        for file, fd in self._marked.items():
-            found = os.fstat(fd)
-            self._by_stat[found.st_dev, found.st_ino] = file
 
     def _own_files(self) -> frozenset[FileKey]:
         found: set[FileKey] = set()

@@ -73,6 +73,8 @@ class Register(Message, tag="register"):
     max_hits: int = 0
     overhead: float | None = None
     """Its own budget, in the place of ``Budgets.probe``; 0: none."""
+    returns: bool = False
+    """The sites are entries of functions; a hit is a return from one."""
 
 
 class Unregister(Message, tag="unregister"):
@@ -212,6 +214,10 @@ class Stats(Message, tag="stats"):
     uncovered_ms: int = 0
     """Milliseconds in which its targets were not seen, since the breaker had taken them out: summed over targets."""
     drops: dict[str, int] = {}
+    calls: int = 0
+    """Of a return probe: calls that began."""
+    unreturned: dict[str, int] = {}
+    """Those of them that will not be seen to return, by reason."""
     overhead_ns: float = 0.0
 
 
@@ -254,7 +260,8 @@ class Spare(Message, tag="spare"):
 
 class Loaders(Message, tag="loaders"):
     """Agent to tracer: where the dynamic loaders of this host call ``_dl_debug_state`` (``site`` has no meaning there). In
-    a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3)."""
+    a process that is followed already, what dlopen maps is then armed before its code runs (semantics P3). And where
+    longjmp begins (``unwinds``), which is armed where calls are awaited to return."""
 
     plans: list[SitePlan]
 

@@ -72,6 +72,10 @@ class Meters:
                 if all(c.probe == probe for c in meter.consumers):
                     meters.pop(point, None)
 
+    def processes(self) -> list[ProcessId]:
+        """Returns the processes that have points."""
+        return list(self._meters)
+
     def end(self, process: ProcessId) -> None:
         """A process has ended. Any thread."""
         if self._meters.pop(process, None) is not None:

@@ -34,9 +34,9 @@ from functools import partial
 
 import msgspec
 
-from trapline.errors import Conflict, TraplineError
+from trapline.errors import Conflict, TraplineError, Unsupported
 from trapline.ids import new_id
-from trapline_agent.engines.base import ProcessId, Sink, SiteReport, SiteRequest, Wanted
+from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, SitePlan
@@ -50,6 +50,7 @@ from trapline_agent.tracer.coverage import CoverageLog
 from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 from trapline_agent.tracer.meters import Meters
 from trapline_agent.tracer.outages import Outages
+from trapline_agent.tracer.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ class Consumer:
     closed: bool = False
     _holding: threading.Lock = field(default_factory=threading.Lock)
     sinks: dict[int, Sink] = field(default_factory=dict)
+    return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
+    """Of a return probe, in the place of ``sinks``."""
     targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
+    of_process: dict[tuple[int, int], set[tuple[int, int, int, int]]] = field(default_factory=dict)
+    """Keys of ``targets``, by process, until that ends: many may end in a second, and a probe has thousands of targets."""
     changed: set[tuple[int, int, int, int]] = field(default_factory=set)
     outages: Outages = field(default_factory=Outages)
     coverage: CoverageLog = field(default_factory=CoverageLog)
@@ -109,7 +114,9 @@ class Consumer:
         """
         self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
-            if plan.site not in self.sinks:
+            if self.register.returns:
+                self.return_sinks.setdefault(plan.site, self.ring.return_sink(plan.site))
+            elif plan.site not in self.sinks:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
                 # Its path may be another file's here, or nobody's: then who maps it leads there.
@@ -161,6 +168,7 @@ class _Snapshot:
     by_site: Mapping[tuple[FileKey, int], tuple[tuple[SitePlan, Consumer], ...]] = field(default_factory=dict)
     """The uprobes: by (file, offset), each with its consumers."""
     loaders: Mapping[FileKey, SitePlan] = field(default_factory=dict)
+    unwinders: Mapping[FileKey, Mapping[int, SitePlan]] = field(default_factory=dict)
 
     def of(self, plan: SitePlan) -> tuple[tuple[SitePlan, Consumer], ...]:
         """Returns who wants the instruction of a plan, each with its own plan."""
@@ -180,8 +188,10 @@ class Table:
         self._now = _Snapshot()
         self._consumers: dict[str, Consumer] = {}
         self._loaders: dict[FileKey, SitePlan] = {}
+        self._unwinders: dict[FileKey, dict[int, SitePlan]] = {}
         self._ancestors: dict[ProcessId, tuple[int, ...]] = {}
         """Of processes that were seen to be forked: /proc forgets them when a process between has ended."""
+        self._places = Places()
         self._lock = threading.Lock()
         self._on_change = on_change
         self.meters = Meters()
@@ -261,9 +271,12 @@ class Table:
         return self._now.loaders
 
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
-        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``)."""
+        """Sets where dynamic loaders tell that they mapped something (``_dl_debug_state``), and where longjmp begins."""
         for plan in plans:
-            self._loaders[plan.file] = plan
+            if plan.unwinds:
+                self._unwinders[plan.file] = {**self._unwinders.get(plan.file, {}), plan.offset: plan}
+            else:
+                self._loaders[plan.file] = plan
         self._renew()
 
     def _renew(self) -> None:
@@ -273,11 +286,14 @@ class Table:
             for key, plan in consumer.plans.items():
                 by_file.setdefault(plan.file, []).append((plan, consumer))
                 by_site.setdefault(key, []).append((plan, consumer))
+        if not any(c.register.returns for c in self._consumers.values()):
+            self._places.clear()
         self._now = _Snapshot(
             tuple(self._consumers.values()),
             {f: tuple(s) for f, s in by_file.items()},
             {k: tuple(s) for k, s in by_site.items()},
             dict(self._loaders),
+            dict(self._unwinders),
         )
 
     # --- the breaker: control thread ---------------------------------------------------------------------------------
@@ -326,12 +342,12 @@ class Table:
             target.since_ns = time.time_ns()
             why = message or "within its budget again"
             log.warning("probe %s, process %d at %#x: %s (%s)", consumer.probe, target.pid, target.addr, state, why)
-        was, target.state, target.message = target.state, state, message
+        target.state, target.message = state, message
         target.reason = _OVER_BUDGET if verdict else ""
         # One that is throttled is in and out all the time: ``covered`` says how much.
         if state == State.TRIPPED.text:
             consumer.coverage.end(key, time.time_ns())
-        elif was == State.TRIPPED.text:
+        elif key not in consumer.coverage:  # it was tripped, or began its life left out
             consumer.coverage.begin(
                 key, msgspec.structs.replace(target, state="armed", hook="budget", may_have_missed=True, message=_BACK)
             )
@@ -404,8 +420,9 @@ class Table:
     def mark_ended(self) -> None:
         """Marks targets in processes that are no more as gone. The engine tells of those that it follows; of a process that
         refused, nobody does."""
+        living: set[tuple[int, int]] = set(self.meters.processes())  # some ended before they were followed
         with self._lock:
-            living = {k[:2] for c in self._consumers.values() for k, t in c.targets.items() if t.state != "gone"}
+            living |= {k[:2] for c in self._now.consumers for k, t in c.targets.items() if t.state != "gone"}
         for identity in living:
             try:
                 if self._proc.start_time(identity[0]) == identity[1]:
@@ -471,7 +488,12 @@ class Table:
                 interested.setdefault(addr, []).append(consumer)
                 tally = self.meters.tally(point, interested[addr])
                 known = sites.get(addr) or _request(addr, plan, mapping, mappings)
-                sites[addr] = replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]), tally=tally)
+                known = replace(known, tally=tally)
+                sites[addr] = (
+                    replace(known, returns=(*known.returns, consumer.return_sinks[plan.site]))
+                    if consumer.register.returns
+                    else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
+                )
         if verdicts:
             self._note_left_out(identity, interested, left_out, cause, facts.comm)
         # What is left out comes back: the process is followed meanwhile.
@@ -483,6 +505,12 @@ class Table:
                     continue
                 if addr not in sites:
                     sites[addr] = replace(_request(addr, loader, mapping, mappings), is_hook=True)
+        if any(r.returns and r.refusal is None for r in sites.values()):
+            for mapping in mappings:
+                for unwinder in now.unwinders.get(mapping.file, {}).values():
+                    if (addr := mapping.addr(unwinder.offset)) is not None:
+                        known = sites.get(addr) or _request(addr, unwinder, mapping, mappings)
+                        sites[addr] = replace(known, unwinds=True)
         return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
 
     def _note_left_out(
@@ -503,6 +531,7 @@ class Table:
                 known = consumer.targets.get(key)
                 if known is not None and known.state != "gone":
                     continue
+                consumer.of_process.setdefault(key[:2], set()).add(key)
                 consumer.targets[key] = TargetState(
                     pid=identity.pid,
                     start_time=identity.start_time,
@@ -529,6 +558,7 @@ class Table:
                         target.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
+                        consumer.coverage.end(key, time.time_ns())
         self._on_change()
 
     def is_meant(self, pid: int, file: FileKey) -> bool:
@@ -541,6 +571,19 @@ class Table:
             return False
         parents = self._parents(ProcessId(pid, facts.start_time))
         return any(c.selector.matches(facts, parents) for c in consumers)
+
+    def place(self, process: ProcessId, addr: int) -> SiteRequest:
+        mappings = maps.parse_maps(self._proc.maps(process.pid))
+        mapping = next((m for m in mappings if m.start <= addr < m.end), None)
+        if mapping is None:
+            raise Unsupported(
+                f"process {process.pid} has no code of a file at {addr:#x}: what calls was made at run time, or by hand",
+                reason="GeneratedCode",
+            )
+        plan = self._places.plan(
+            mapping, addr, lambda offset, size: self._proc.content(process.pid, mapping, offset, size)
+        )
+        return _request(addr, plan, mapping, mappings)
 
     def _ancestors_of(self, identity: ProcessId) -> tuple[int, ...]:
         known = self._ancestors.get(identity)
@@ -593,6 +636,7 @@ class Table:
                     if known is not None and known.state == state and known.reason == report.reason:
                         continue
                     consumer.outages.end(key, time.monotonic_ns())
+                    consumer.of_process.setdefault(key[:2], set()).add(key)
                     target = consumer.targets[key] = TargetState(
                         pid=identity.pid,
                         start_time=identity.start_time,
@@ -605,7 +649,10 @@ class Table:
                         cause=cause,
                         hook=_LATE_HOOKS.get(hook, hook),
                         since_ns=since,
-                        may_have_missed=bool(missed) and state == "armed",
+                        # Refused after all: calls since are not counted.
+                        may_have_missed=bool(missed)
+                        if state == "armed"
+                        else state == "refused" and known is not None and known.state == "armed",
                         reason=report.reason,
                         message=report.message
                         or (_why_missed(missed, unheld.get(plan.file)) if state == "armed" else ""),
@@ -648,6 +695,8 @@ class Table:
         now = self._now
         if now.consumers and plan.file in now.loaders and now.loaders[plan.file].offset == plan.offset:
             return True
+        if plan.offset in now.unwinders.get(plan.file, {}) and any(c.register.returns for c in now.consumers):
+            return True
         return bool(now.of(plan))
 
     def sampled(self, plan: SitePlan, held_ns: int) -> None:
@@ -663,9 +712,10 @@ class Table:
         now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
-            for consumer in self._consumers.values():
-                for key, state in consumer.targets.items():
-                    if key[:2] == identity and state.state != "gone":
+            for consumer in self._now.consumers:  # the dictionary is the control thread's
+                for key in consumer.of_process.pop(identity, ()):
+                    state = consumer.targets.get(key)
+                    if state is not None and state.state != "gone":
                         state.state = "gone"
                         consumer.outages.end(key, now_ns)
                         consumer.changed.add(key)
@@ -689,7 +739,12 @@ def _why_missed(missed: str, unheld: str | None) -> str:
 
 
 def _same_terms(one: Register, other: Register) -> bool:
-    return (one.fetches, one.where, one.max_hits) == (other.fetches, other.where, other.max_hits)
+    return (one.fetches, one.where, one.max_hits, one.returns) == (
+        other.fetches,
+        other.where,
+        other.max_hits,
+        other.returns,
+    )
 
 
 def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[FileMapping]) -> SiteRequest:

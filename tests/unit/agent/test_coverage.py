@@ -43,3 +43,19 @@ def test_a_lost_tracer_ends_what_was_armed_and_the_next_ones_numbers_do_not_coll
     run.update_coverage([entry(0)], "h")
     before, now = run.coverage.values()
     assert (before.disarmed_at is None, now.disarmed_at) == (False, None)
+
+
+def test_s2_what_a_lost_tracer_had_armed_may_have_been_missed_until_it_is_armed_again() -> None:
+    run = ProbeRun(DesiredProbe(id="p", spec=SPEC))
+    run.update_coverage([entry(0)], "h")
+    assert not run.coverage[0].may_have_missed
+    run.tracer_lost()
+    run.update_coverage([entry(0)], "h")
+    run.update_coverage([entry(0, ended_ns=10**18 + 1), entry(1)], "h")
+    before, again, later = run.coverage.values()
+    assert (before.may_have_missed, again.may_have_missed, later.may_have_missed) == (False, True, False)
+    assert "the tracer that had it armed ended" in again.message
+    run.tracer_lost()
+    run.tracer_lost()
+    run.update_coverage([entry(0)], "h")
+    assert run.coverage[3].may_have_missed

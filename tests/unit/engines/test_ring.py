@@ -11,7 +11,7 @@ from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.capture.evaluate import read_string
 from trapline_agent.engines import ring as rings
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.plans import FetchPlan
+from trapline_agent.plans import LATENCY, FetchPlan
 
 WORDS = list(range(100, 127))
 
@@ -125,3 +125,39 @@ def test_a_string_at_the_end_of_the_mapped_memory() -> None:
     finally:
         os.close(memory)
         libc.munmap(start, page)
+
+
+def test_returns_are_paired_with_their_entries() -> None:
+    fetches = [
+        FetchPlan(name="a", register="rdi", entry=True),
+        FetchPlan(name="took", register=LATENCY),
+        FetchPlan(name="r", register="rax"),
+    ]
+    ring = HitRing(fetches, returns=True)
+    sink = ring.return_sink(0)
+    first, second = sink.enter(WORDS, -1), sink.enter([w + 100 for w in WORDS], -1)
+    later = [w + 1000 for w in WORDS]
+    assert ring.in_flight == 2
+    sink.leave(5000, 7, 8, later, -1, 42, second)
+    sink.leave(6000, 7, 8, later, -1, 43, first)
+    (batch,) = drain(ring)
+    assert [h.args for h in batch.hits()] == [
+        {"a": 214, "took": 42, "r": 1110},
+        {"a": 114, "took": 43, "r": 1110},
+    ]
+    assert (ring.calls, ring.hits, ring.in_flight) == (2, 2, 0)
+
+
+def test_calls_are_hits_limited_unreturned_or_in_flight() -> None:
+    limits = []
+    ring = HitRing(max_hits=2, returns=True, on_limit=lambda: limits.append(ring.hits))
+    sink = ring.return_sink(0)
+    kept = [sink.enter(WORDS, -1) for _ in range(6)]
+    for k in kept[:3]:
+        sink.leave(1, 7, 8, WORDS, -1, 1, k)
+    sink.lose("abandoned")
+    sink.lose("abandoned")
+    sink.inherit()
+    sink.lose("ended")
+    assert (ring.calls, ring.hits, ring.limited, ring.unreturned) == (7, 2, 1, {"abandoned": 2, "ended": 1})
+    assert (ring.in_flight, limits) == (1, [2])

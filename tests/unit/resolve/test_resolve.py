@@ -171,9 +171,41 @@ def test_unknown_symbols_suggest(resolver: Resolver) -> None:
 
 def test_not_in_this_release_is_refused_here_too(resolver: Resolver) -> None:
     with pytest.raises(Unsupported, match="not in this release"):
-        plan_of(resolver, f"ur:{libc()}:malloc")
+        plan_of(resolver, f"usdt:{libc()}:malloc")
     with pytest.raises(Unsupported, match="one file"):
         plan_of(resolver, "*:0x1000")
+
+
+# --- returns
+
+
+@needs.gcc
+def test_a_return_probe_is_of_a_function(resolver: Resolver, tmp_path: Path) -> None:
+    path = build(tmp_path)
+    plan = plan_of(resolver, f"ur:{path}:asm_label")
+    assert [(f.name, f.register, f.entry) for f in plan.fetches] == [
+        ("retval", "rax", False),
+        ("latency", "latency", False),
+    ]
+    assert not plan.plans[0].go
+    for text in (f"ur:{path}:asm_label+10", f"ur:{path}:0x{plan.plans[0].offset + 10:x}"):
+        with pytest.raises(Unsupported) as e:
+            plan_of(resolver, text)
+        assert e.value.reason == "NotAFunction"
+        assert e.value.suggestions == ["ur:program:asm_label"]
+    plan = plan_of(resolver, f"ur:{path}:asm_label {{a=entry(arg1), b=str(entry(reg.r8), 9), c=entry(str(arg0))}}")
+    assert plan.fetches == [
+        FetchPlan("a", "rsi", entry=True),
+        FetchPlan("b", "r8", string=True, max_bytes=9, entry=True, late=True),
+        FetchPlan("c", "rdi", string=True, entry=True),
+    ]
+
+
+def test_longjmp_is_found_for_return_probes(resolver: Resolver) -> None:
+    with python(READY):
+        plans = [p for p in resolver.loaders() if p.unwinds]
+    assert plans
+    assert all("libc" in p.path or "musl" in p.path for p in plans)
 
 
 # --- objects

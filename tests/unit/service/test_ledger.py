@@ -147,3 +147,15 @@ def test_tallies_survive_their_json() -> None:
     assert again.totals("p") == books.totals("p")
     # Though the record itself may be trimmed, the books know what comes next.
     assert again.batch(header(25)) == []
+
+
+def test_calls_and_those_that_did_not_return_are_summed_over_tracers() -> None:
+    tally = Tally()
+    tally.report(Counters(hits=7, calls=10, unreturned=2), {}, {"abandoned": 2})
+    tally.arrived("trc_1", 7)
+    tally.report(Counters(hits=7, calls=12, unreturned=5), {}, {"abandoned": 2, "exec": 3})
+    tally.arrived("trc_2", 1)
+    tally.report(Counters(hits=1, calls=4, unreturned=3), {}, {"abandoned": 3})
+    assert tally.unreturned() == {"abandoned": 5, "exec": 3}
+    counters = tally.counters()
+    assert (counters.calls, counters.hits, counters.unreturned) == (16, 8, 8)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec import structs
 
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
@@ -38,7 +39,10 @@ class Wish:
     consumer: Consumer
     where: dict[str, str]
     places: set[tuple[SimulatedFile, int]]
-    hits: int = 0
+
+    @property
+    def returns(self) -> bool:
+        return self.consumer.register.returns
 
 
 @dataclass
@@ -169,8 +173,16 @@ class TableMachine(RuleBasedStateMachine):
         )
         plans = [plan(f, o, n) for n, (f, o) in enumerate(sorted(places, key=lambda p: (p[0].path, p[1])))]
         name = f"p{next(self.names)}"
-        register = Register(id=1, probe=name, generation=1, sites=["s"] * len(plans), plans=plans, where=where)
-        return self.table.publish(register, HitRing), where, places
+        register = Register(
+            id=1,
+            probe=name,
+            generation=1,
+            sites=["s"] * len(plans),
+            plans=plans,
+            where=where,
+            returns=data.draw(st.booleans()),
+        )
+        return self.table.publish(register, lambda: HitRing(returns=register.returns)), where, places
 
     def round(self, consumer: Consumer) -> None:
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
@@ -181,6 +193,7 @@ class TableMachine(RuleBasedStateMachine):
         self.looks.run(lambda: self.table.concerned(consumer, self.engine.processes()), "reconcile")
         consumer.close()
         self.ended.append((consumer.ring, consumer.ring.hits))
+        assert consumer.ring.in_flight == 0, "what was in flight is counted (R13)"
 
     @rule(data=st.data())
     @precondition(lambda self: len(self.model.wishes) < 4)
@@ -197,7 +210,7 @@ class TableMachine(RuleBasedStateMachine):
         old = wish.consumer.register
         more = data.draw(st.sets(st.tuples(st.sampled_from(self.files), st.sampled_from(OFFSETS)), max_size=2))
         plans = list(old.plans) + [plan(f, o, len(old.plans) + n) for n, (f, o) in enumerate(more - wish.places)]
-        again = Register(id=1, probe=old.probe, generation=2, sites=["s"] * len(plans), plans=plans, where=old.where)
+        again = structs.replace(old, generation=2, sites=["s"] * len(plans), plans=plans)
         wish.places |= more
         self.round(self.table.publish(again, HitRing))
 
@@ -247,6 +260,9 @@ class TableMachine(RuleBasedStateMachine):
         """Every call in every armed place is a hit, of each consumer once; nobody else's, and nobody dies."""
         process, file = self.some(data), data.draw(st.sampled_from(self.files))
         before = {name: w.consumer.ring.hits for name, w in self.model.wishes.items()}
+        before_calls = {name: w.consumer.ring.calls for name, w in self.model.wishes.items()}
+        # A call that was left by a jump is found out by the next one with its key.
+        in_flight = {name: w.consumer.ring.in_flight for name, w in self.model.wishes.items()}
         at = [m.start + offset - m.offset for m in process.memory.mappings if m.file == file.key]
         self.world.call(process, file, offset)
         assert process.status is None, "a trap that nobody served"
@@ -254,7 +270,29 @@ class TableMachine(RuleBasedStateMachine):
             states = self.model.wanted(wish, process)
             expected = sum(states.get(addr) == "armed" for addr in at) if (file, offset) in wish.places else 0
             got = wish.consumer.ring.hits - before[name]
+            if wish.returns:
+                # What calls it may not be mapped.
+                got = wish.consumer.ring.calls - before_calls[name]
+                assert wish.consumer.ring.in_flight <= in_flight[name]
             assert got == expected or (process.pid in self.late and got <= len(at))
+
+    @rule(data=st.data(), offset=st.sampled_from(OFFSETS))
+    @precondition(lambda self: self.world.processes)
+    def enter(self, data: st.DataObject, offset: int) -> None:
+        process, file = self.some(data), data.draw(st.sampled_from(self.files))
+        if len(process.stack) < 5 and any(m.file == file.key and m.addr(offset) for m in process.memory.mappings):
+            self.world.enter(process, file, offset)
+
+    @rule(data=st.data(), times=st.integers(1, 3), jump=st.booleans())
+    @precondition(lambda self: any(p.stack for p in self.world.processes.values()))
+    def leave(self, data: st.DataObject, times: int, jump: bool) -> None:
+        process = self.some(data)
+        hits = {name: w.consumer.ring.hits for name, w in self.model.wishes.items() if w.returns}
+        self.world.leave(process, times=min(times, len(process.stack)), jump=jump)
+        assert process.status is None, "a trap that nobody served"
+        for name, before in hits.items():
+            got = self.model.wishes[name].consumer.ring.hits - before
+            assert 0 <= got <= (0 if jump else times)
 
     def armed(self, process: SimulatedProcess) -> set[int]:
         return {addr for addr, value in process.memory.written.items() if value == BREAKPOINT}
@@ -267,8 +305,29 @@ class TableMachine(RuleBasedStateMachine):
             states = [self.model.wanted(w, process) for w in self.model.wishes.values()]
             # Where one consumer's plan is bad and another's is not is no case here: a bad place is bad for all.
             wanted = {addr for s in states for addr, state in s.items() if state == "armed"}
-            assert self.armed(process) == wanted
-            assert set(process.memory.written) == wanted
+            points = self.return_points(process)
+            assert self.armed(process) == wanted | points
+            assert set(process.memory.written) == wanted | points
+
+    def return_points(self, process: SimulatedProcess) -> set[int]:
+        """Where it waits for returns: of those that are wanted, or they would have been taken out."""
+        entries = {
+            addr
+            for wish in self.model.wishes.values()
+            if wish.returns
+            for addr, state in self.model.wanted(wish, process).items()
+            if state == "armed"
+        }
+        awaited = self.engine.awaited(process)
+        assert set().union(*awaited.values()) <= entries
+        return set(awaited)
+
+    @invariant()
+    def calls_are_hits_or_explained(self) -> None:
+        for wish in self.model.wishes.values():
+            ring = wish.consumer.ring
+            assert ring.in_flight >= 0
+            assert ring.calls == (ring.hits + sum(ring.unreturned.values()) + ring.in_flight if wish.returns else 0)
 
     @invariant()
     def targets_tell_it(self) -> None:

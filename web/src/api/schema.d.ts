@@ -392,9 +392,21 @@ export interface components {
             kind: components["schemas"]["CaptureKind"];
             /**
              * Operand
-             * @description ``arg0`` to ``arg5``, or ``reg.NAME``.
+             * @description ``arg0`` to ``arg5``, or ``reg.NAME``; at a return ``retval`` and ``latency`` too.
              */
             operand: string;
+            /**
+             * Entry
+             * @description At a return: the operand is that of the entry, ``entry(...)``.
+             * @default false
+             */
+            entry: boolean;
+            /**
+             * Late
+             * @description With ``entry``: the string that it points to is read at the return, ``str(entry(arg1))``.
+             * @default false
+             */
+            late: boolean;
             /**
              * Max Bytes
              * @default 64
@@ -469,6 +481,20 @@ export interface components {
              * @default 0
              */
             dropped: number;
+            /**
+             * Calls
+             * @description Of a return probe: calls that were seen to begin; 0 for other probes. What is neither a hit (or limited) nor
+             *     unreturned is still in flight (semantics H7).
+             * @default 0
+             */
+            calls: number;
+            /**
+             * Unreturned
+             * @description Calls of a return probe whose return was not seen, and will not be: they were left by longjmp or a throw, their
+             *     thread ended, the probe was taken out meanwhile, ...
+             * @default 0
+             */
+            unreturned: number;
         };
         /** Coverage */
         Coverage: {
@@ -1002,6 +1028,10 @@ export interface components {
             dropped_by_reason: {
                 [key: string]: number;
             };
+            /** Unreturned By Reason */
+            unreturned_by_reason: {
+                [key: string]: number;
+            };
             /** Overhead Ns */
             overhead_ns: number | null;
             /** Error */
@@ -1208,6 +1238,10 @@ export interface components {
             counters: components["schemas"]["Counters"];
             /** Dropped By Reason */
             dropped_by_reason: {
+                [key: string]: number;
+            };
+            /** Unreturned By Reason */
+            unreturned_by_reason: {
                 [key: string]: number;
             };
             /**

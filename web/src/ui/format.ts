@@ -1,5 +1,6 @@
 /** Numbers, times and captured values as people read them. */
 
+import type { Probe } from "../api/types";
 import type { Captured } from "../live/codec";
 
 const grouped = new Intl.NumberFormat("en-US");
@@ -31,6 +32,16 @@ export function nanoseconds(ns: number | null | undefined): string {
 }
 
 export const plural = (n: number, one: string, many = `${one}s`): string => `${whole(n)} ${n === 1 ? one : many}`;
+
+/** What a return probe has not seen return: `Of 50 calls, not seen to return: 48 abandoned, 2 in flight`. Empty where it has seen all. */
+export function callsLine(probe: Pick<Probe, "spec" | "status">): string {
+  const { counters, unreturned_by_reason: reasons } = probe.status;
+  if (probe.spec.kind !== "ur") return "";
+  const parts = Object.entries(reasons).map(([reason, n]) => `${whole(n)} ${reason}`);
+  const inFlight = counters.calls - counters.hits - counters.limited - counters.unreturned;
+  if (inFlight > 0) parts.push(`${whole(inFlight)} in flight`);
+  return parts.length ? `Of ${plural(counters.calls, "call")}, not seen to return: ${parts.join(", ")}` : "";
+}
 
 /** Seconds until an expiry as `59:12`, `3 h 20 min` or `6 d`. */
 export function countdown(seconds: number): string {

@@ -27,6 +27,9 @@ const KIND = /^\s*(?:[A-Za-z_][\w.-]*\s*=(?!=)\s*)?(?:(?:u|ur|usdt|uprobe|uretpr
 const WHERE = /^@(?=\s*[A-Za-z_]+\s*=)/;
 const IF = /^if(?!\w)/;
 
+/** Whether a text is of a return probe, whose captures are others. */
+export const isReturn = (text: string): boolean => /(?:^|[\s=])(?:ur|uretprobe):\s*$/.test(KIND.exec(text)?.[0] ?? "");
+
 /** Takes a text apart; clauses may come in any order. Never throws. */
 export function splitProbe(text: string): ProbeParts {
   const parts: ProbeParts = { head: "", where: [], condition: "", captures: [], aggregate: "", rest: "" };

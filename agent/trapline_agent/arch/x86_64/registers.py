@@ -13,9 +13,15 @@ REGISTERS: Final = (
 ARGUMENT_REGISTERS: Final = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 """Integer arguments 0 to 5 (System V ABI, AMD64 supplement, 3.2.3)."""
 
+RESULT_REGISTER: Final = "rax"
+"""The first integer or pointer result: System V ABI, 3.2.3; of Go's ABIInternal too."""
+
 INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
 RIP: Final = INDEX["rip"]
 RSP: Final = INDEX["rsp"]
+R14: Final = INDEX["r14"]
+RDI: Final = INDEX["rdi"]
+FS_BASE: Final = INDEX["fs_base"]
 EFLAGS: Final = INDEX["eflags"]
 RAX: Final = INDEX["rax"]
 ORIG_RAX: Final = INDEX["orig_rax"]

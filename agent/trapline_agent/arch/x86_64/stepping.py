@@ -202,7 +202,10 @@ def _encode(insn: Instruction, at: int) -> bytes:
     insn.ip = 0
     block = BlockEncoder(64)
     block.add(insn)
-    return bytes(block.encode(at))
+    try:
+        return bytes(block.encode(at))
+    except ValueError as e:
+        raise Unsupported(f"`{_format(insn)}` cannot be run at {at:#x}: {e}", reason="OutOfReach") from e
 
 
 def _jmp(at: int, target: int) -> bytes:

@@ -5,11 +5,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trapline_agent.engines.base import Capabilities, Observer, ProcessId, SiteReport, SiteRequest
+from trapline.errors import TraplineError, Unsupported
+from trapline_agent.engines.base import Capabilities, Observer, ProcessId, ReturnSink, SiteReport, SiteRequest
 from trapline_agent.engines.fake.world import BREAKPOINT, Memory, SimulatedProcess, World
+from trapline_agent.engines.frames import ABANDONED, ENDED, EXECED, Frame, Frames, leave, lose
+
+
+@dataclass(eq=False)
+class _Point:
+    request: SiteRequest
+    awaiting: set[int] = field(default_factory=set)
+    """Addresses of the entries whose calls return here."""
 
 
 @dataclass(eq=False)
@@ -18,6 +27,9 @@ class _Followed:
     process: SimulatedProcess
     sites: dict[int, SiteRequest] = field(default_factory=dict)
     """Of its memory: one dictionary for those that share it."""
+    points: dict[int, _Point] = field(default_factory=dict)
+    """Where calls return to; of its memory too. One that is a site as well is in both."""
+    frames: Frames = field(default_factory=Frames)
 
 
 class FakeEngine:
@@ -71,16 +83,27 @@ class FakeEngine:
             followed = self._followed[process.pid] = _Followed(identity, process)
             self.comms[process.pid] = process.comm
         desired = {r.addr: r for r in wanted.sites}
+        followed.frames.retain([sink for r in wanted.sites for sink in r.returns])
+        for addr, point in list(followed.points.items()):
+            point.awaiting &= {r.addr for r in wanted.sites if r.returns}
+            if not point.awaiting or not wanted.still_mapped(addr, point.request.plan):
+                del followed.points[addr]
+                if addr not in followed.sites and wanted.still_mapped(addr, point.request.plan):
+                    self.world.write(process.memory, addr, point.request.plan.code[0])
         reports: list[SiteReport] = []
         for addr, site in list(followed.sites.items()):
             request = desired.get(addr)
             if request is not None and (request.plan.file, request.plan.offset) == (site.plan.file, site.plan.offset):
                 followed.sites[addr] = request
-                if cause == "fork" or site.sinks != request.sinks:
+                if cause == "fork" or (site.sinks, site.returns) != (request.sinks, request.returns):
                     reports.append(SiteReport(addr, site.plan, "armed"))
                 continue
             del followed.sites[addr]
-            if wanted.still_mapped(addr, site.plan) and self.world.read(process.memory, addr) == BREAKPOINT:
+            if (
+                addr not in followed.points
+                and wanted.still_mapped(addr, site.plan)
+                and self.world.read(process.memory, addr) == BREAKPOINT
+            ):
                 self.world.write(process.memory, addr, site.plan.code[0])
             if cause != "fork":
                 reports.append(SiteReport(addr, site.plan, "gone"))
@@ -94,6 +117,9 @@ class FakeEngine:
     def _arm(self, followed: _Followed, addr: int, request: SiteRequest) -> SiteReport:
         if request.refusal is not None:
             return SiteReport(addr, request.plan, "refused", *request.refusal)
+        if addr in followed.points:
+            followed.sites[addr] = request
+            return SiteReport(addr, request.plan, "armed")
         found = self.world.read(followed.process.memory, addr)
         if found != request.plan.code[0]:
             reason = "BreakpointPresent" if found == BREAKPOINT else "TextDiffers"
@@ -102,6 +128,12 @@ class FakeEngine:
         followed.sites[addr] = request
         return SiteReport(addr, request.plan, "armed")
 
+    def awaited(self, process: SimulatedProcess) -> dict[int, set[int]]:
+        """Returns the return points of a process, each with the addresses of the entries whose calls return there."""
+        with self.world.lock:
+            followed = self._followed.get(process.pid)
+            return {addr: set(p.awaiting) for addr, p in followed.points.items()} if followed else {}
+
     def processes(self) -> list[ProcessId]:
         with self.world.lock:
             return [f.id for f in self._followed.values()]
@@ -109,8 +141,11 @@ class FakeEngine:
     def close(self) -> None:
         with self.world.lock:
             for followed in list(self._followed.values()):
-                for addr, site in followed.sites.items():
+                followed.frames.retain(())
+                points = {addr: p.request for addr, p in followed.points.items()}
+                for addr, site in (followed.sites | points).items():
                     self.world.write(followed.process.memory, addr, site.plan.code[0])
+                followed.points.clear()
                 del self._followed[followed.id.pid]
                 self.observer.exited(followed.id, None)
 
@@ -118,12 +153,47 @@ class FakeEngine:
 
     def trapped(self, process: SimulatedProcess, addr: int) -> bool:
         followed = self._followed.get(process.pid)
-        site = followed.sites.get(addr) if followed is not None else None
-        if site is None:
+        if followed is None:
             return False
+        site = followed.sites.get(addr)
+        ts = time.monotonic_ns()
+        if addr in followed.points:
+            done, gone = followed.frames.pop(process.returned_sp, addr)
+            lose(gone, ABANDONED)
+            leave(done, ts, process.pid, process.pid, (), self._memory)
+        if site is None:
+            return addr in followed.points
         for sink in site.sinks:
-            sink(time.monotonic_ns(), process.pid, process.pid, (), self._memory)
+            sink(ts, process.pid, process.pid, (), self._memory)
+        if site.returns:
+            self._entered(followed, addr, site.returns)
         return True
+
+    def _entered(self, followed: _Followed, addr: int, returns: Sequence[ReturnSink]) -> None:
+        process = followed.process
+        held = [(sink, sink.enter((), self._memory)) for sink in returns]
+        sp, back = process.stack[-1]
+        try:
+            self._await(followed, addr, back)
+        except TraplineError as e:
+            for sink, _ in held:
+                sink.lose(e.reason)
+            return
+        frame = Frame(addr, back, process.pid, process.pid, held, time.monotonic_ns())
+        lose(followed.frames.push(sp, frame), ABANDONED)
+
+    def _await(self, followed: _Followed, addr: int, back: int) -> None:
+        point = followed.points.get(back)
+        if point is None:
+            request = self.observer.place(followed.id, back)
+            if request.refusal is not None:
+                raise Unsupported(request.refusal[1], reason=request.refusal[0])
+            if back not in followed.sites:
+                if self.world.read(followed.process.memory, back) != request.plan.code[0]:
+                    raise Unsupported(f"the code at {back:#x} is not the file's", reason="TextDiffers")
+                self.world.write(followed.process.memory, back, BREAKPOINT)
+            point = followed.points[back] = _Point(request)
+        point.awaiting.add(addr)
 
     def forked(self, parent: SimulatedProcess, child: SimulatedProcess) -> None:
         followed = self._followed.get(parent.pid)
@@ -131,7 +201,17 @@ class FakeEngine:
             return
         self.comms[child.pid] = child.comm
         shares = child.memory is parent.memory
-        self._followed[child.pid] = _Followed(_id(child), child, followed.sites if shares else dict(followed.sites))
+        self._followed[child.pid] = (
+            _Followed(_id(child), child, followed.sites, followed.points, followed.frames)
+            if shares
+            else _Followed(
+                _id(child),
+                child,
+                dict(followed.sites),
+                {a: _Point(p.request, set(p.awaiting)) for a, p in followed.points.items()},
+                followed.frames.copy(),
+            )
+        )
         self._reconcile(child, "fork", parent)
 
     def execed(self, process: SimulatedProcess, old: Memory) -> None:
@@ -140,7 +220,8 @@ class FakeEngine:
             return
         self.comms[process.pid] = process.comm
         gone = [SiteReport(addr, site.plan, "gone") for addr, site in followed.sites.items()]
-        followed.sites = {}
+        self._left(followed, EXECED)
+        followed.sites, followed.points, followed.frames = {}, {}, Frames()
         self.observer.report(followed.id, gone, "exec")
         self._reconcile(process, "exec")
 
@@ -151,7 +232,12 @@ class FakeEngine:
     def ended(self, process: SimulatedProcess) -> None:
         followed = self._followed.pop(process.pid, None)
         if followed is not None:
+            self._left(followed, ENDED)
             self.observer.exited(followed.id, process.status)
+
+    @staticmethod
+    def _left(followed: _Followed, reason: str) -> None:
+        lose(followed.frames.drop(lambda frame: frame.pid == followed.id.pid), reason)
 
 
 def _id(process: SimulatedProcess) -> ProcessId:

@@ -17,6 +17,12 @@ from trapline_agent.targets.process import ProcessFacts
 
 BREAKPOINT = 0xCC
 PAGE = 4096
+CALLER = 64
+"""Bytes from a function to the code that calls it, and is returned to."""
+_STACK = 0x10_0000
+"""Bytes of a stack; each process has its own."""
+_FRAME = 64
+_ALIGNMENT = 16
 _TEXT = bytes((0x55, 0x48, 0x89, 0xE5))
 """What all simulated code is made of: push %rbp; mov %rsp,%rbp."""
 
@@ -52,6 +58,10 @@ class SimulatedProcess:
     memory: Memory
     status: int | None = None
     """Wait status, once it has ended."""
+    stack: list[tuple[int, int]] = field(default_factory=list)
+    """Its calls: (stack pointer after the return, return address), the innermost last."""
+    returned_sp: int = 0
+    """Its stack pointer, when it has returned from one."""
     debugger: str = ""
     """Name of another tracer that has it."""
 
@@ -140,6 +150,8 @@ class World:
             child = self.spawn(comm=parent.comm, uid=parent.uid, ppid=parent.pid)
             same = parent.memory
             child.memory = same if shares_memory else Memory(list(same.mappings), dict(same.written))
+            if not shares_memory:
+                child.stack = list(parent.stack)
             if self.watcher is not None:
                 self.watcher.forked(parent, child)
             return child
@@ -148,6 +160,7 @@ class World:
         """Gives a process a new image."""
         with self.lock:
             old, process.memory = process.memory, Memory()
+            process.stack = []
             process.comm = comm or process.comm
             for file in files:
                 self._map(process, file)
@@ -162,8 +175,36 @@ class World:
                 if self.watcher is not None:
                     self.watcher.ended(process)
 
+    def enter(self, process: SimulatedProcess, file: SimulatedFile, offset: int) -> None:
+        """Calls the function at a file's offset, from the code that is ``CALLER`` bytes behind it. The call goes on until
+        ``leave``; calls may be nested."""
+        with self.lock:
+            m = next(m for m in process.memory.mappings if m.file == file.key and m.addr(offset) is not None)
+            self._enter(process, m.start + offset - m.offset)
+
+    def leave(self, process: SimulatedProcess, *, times: int = 1, jump: bool = False) -> None:
+        """Returns from the innermost calls, one after the other; ``jump``: leaves them all at once, as longjmp does."""
+        with self.lock:
+            for _ in range(times):
+                process.returned_sp, back = process.stack.pop()
+                if not jump:
+                    self._run(process, back)
+
+    def _enter(self, process: SimulatedProcess, addr: int) -> None:
+        sp = process.stack[-1][0] if process.stack else _STACK * process.start_time
+        process.stack.append((sp - _FRAME, addr + CALLER & -_ALIGNMENT))
+        self._run(process, addr)
+
+    def _run(self, process: SimulatedProcess, addr: int) -> None:
+        if not any(m.start <= addr < m.end for m in process.memory.mappings):
+            return  # nobody probes what is not there, and nobody asks how it goes on
+        if self.read(process.memory, addr) == BREAKPOINT and not (
+            self.watcher is not None and self.watcher.trapped(process, addr)
+        ):
+            self.end(process, 5)  # SIGTRAP
+
     def call(self, process: SimulatedProcess, file: SimulatedFile, offset: int) -> int:
-        """Runs into the code at a file's offset once in each place where it is mapped; returns in how many.
+        """Calls the code at a file's offset once in each place where it is mapped, and returns from it; returns in how many.
 
         A breakpoint that nobody serves ends the process.
         """
@@ -174,10 +215,10 @@ class World:
                 if addr is None or process.status is not None:
                     continue
                 calls += 1
-                if self.read(process.memory, addr) == BREAKPOINT and not (
-                    self.watcher is not None and self.watcher.trapped(process, addr)
-                ):
-                    self.end(process, 5)  # SIGTRAP
+                self._enter(process, addr)
+                if process.status is None:
+                    process.returned_sp, back = process.stack.pop()
+                    self._run(process, back)
             return calls
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -243,6 +284,9 @@ class World:
                 % (m.start, m.end, m.prot.encode(), m.offset, m.dev.encode(), m.inode, m.path.encode())
                 for m in sorted(self._alive(pid).memory.mappings)
             )
+
+    def content(self, pid: int, mapping: Mapping, offset: int, size: int) -> bytes:
+        return self.files[mapping.file].content[offset : offset + size]
 
     def start_time(self, pid: int) -> int:
         return self._alive(pid).start_time

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
+from trapline_agent.engines.journal import Journal
 from trapline_agent.engines.ptrace.attaching import Attaching
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
@@ -33,9 +34,15 @@ class PtraceEngine:
     traps = True
     """See ``Capabilities``."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, journal: Journal | None = None) -> None:
+        """
+        Args:
+            observer: asked and told.
+            journal: of what is written into processes; None: nobody is to clean up after our being killed.
+        """
         signal.signal(DOORBELL, lambda signum, frame: None)
         self.observer = observer
+        self._journal = journal
         self._lock = threading.Lock()
         self._threads: dict[int, TraceThread] = {}
         self._processes: dict[int, TracedProcess] = {}
@@ -193,7 +200,9 @@ class PtraceEngine:
         ending = [t for t in list(self._started) if t.ended]
         for old in ending:
             old.wait_gone()
-        thread = TraceThread(self, self.observer, self._reaper)
+        thread = TraceThread(
+            self, self.observer, self._reaper, self._journal.watch if self._journal is not None else None
+        )
         with self._lock:
             self._started.difference_update(ending)
             self._started.add(thread)
@@ -318,6 +327,7 @@ class PtraceEngine:
     # --- from the tracer threads -------------------------------------------------------------------------------------
 
     def adopted(self, process: TracedProcess, thread: TraceThread) -> None:
+        self._enter(process)
         with self._lock:
             self._threads[process.id.pid] = thread
             self._processes[process.id.pid] = process
@@ -328,7 +338,12 @@ class PtraceEngine:
                 self.comms.pop(pid, None)
 
     def renamed(self, process: TracedProcess) -> None:
+        self._enter(process)
         self.comms[process.id.pid] = process.comm
+
+    def _enter(self, process: TracedProcess) -> None:
+        if self._journal is not None and process.memory.records is None:
+            process.memory.journal(self._journal.space(*process.id, process.memory.fd))
 
     def again(self, pid: int) -> None:
         with self._lock:

@@ -93,7 +93,7 @@ class Group:
                         continue  # ours: a clone that the kernel attached for us, whose first stop will tell
                     raise
                 self.add(process, tid)
-                seized = True
+                seized = process.unsettled = True
 
     def is_ours(self, tid: int) -> bool:
         """Whether this thread traces it. Raises OSError where that cannot be known now."""
@@ -120,8 +120,14 @@ class Group:
             found = self.seize_sharers(process)
             self.settle_group(memory)
             if not found and process.execs == execs:
+                for sharer in self.sharers(memory):
+                    sharer.unsettled = False
                 return
             memory = process.memory
+
+    def is_unsettled(self, memory: AddressSpace) -> bool:
+        """Whether threads that have this memory were seized and have not settled since."""
+        return any(p.unsettled for p in self.sharers(memory))
 
     def settle_group(self, memory: AddressSpace) -> None:
         for process in self.sharers(memory):
@@ -212,6 +218,9 @@ class Group:
         others = [p for p in procfs.pids() if p not in self.processes and not self.is_apart(p)]
         for pid in ptrace.sharers(asker, others)[0]:
             with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+                if not procfs.has_memory(pid):
+                    # The one that is asked about has ended meanwhile: it shares nothing with kernel threads.
+                    return self.seize_sharers(process) or found
                 self.join(pid, process.id.pid)
                 found = True
         return found

@@ -24,14 +24,18 @@ from typing import Generic, Protocol, TypeVar
 
 from trapline.errors import TraplineError, Unsupported
 from trapline_agent.arch.x86_64.registers import RIP
-from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport
+from trapline_agent.engines.base import Mapper, Observer, ProcessId, SiteReport, SiteRequest
+from trapline_agent.engines.frames import ENDED, EXECED, Frames
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import AddressSpace, Site
+from trapline_agent.engines.ptrace.pages import Diverted, SlotPages
 from trapline_agent.engines.ptrace.reaper import Reaper
+from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import TRAP_BIT, Stepper, state_of
 from trapline_agent.engines.ptrace.tracee import Awaited, Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
+from trapline_agent.kernel.robust import DeathWatch
 from trapline_agent.targets import maps
 
 log = logging.getLogger(__name__)
@@ -103,10 +107,11 @@ class _Command(Generic[T]):
 class TraceThread(threading.Thread):
     """See the module. Methods that begin with an underscore run on the thread itself."""
 
-    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper) -> None:
+    def __init__(self, engine: Directory, observer: Observer, reaper: Reaper, watch: DeathWatch | None = None) -> None:
         super().__init__(name="trapline-trace", daemon=True)
         self._engine = engine
         self._observer = observer
+        self._watch = watch
         self._lock = threading.Lock()
         self._commands: deque[_Command[object]] = deque()
         self._wake = threading.Event()
@@ -118,6 +123,7 @@ class TraceThread(threading.Thread):
         self._registers = ptrace.RegisterFile()
         self._words = self._registers.words
         self._stepper = Stepper(self._registers, self._waiter)
+        self._pages = SlotPages(self._registers, self._waiter)
         self._group = Group(
             self._waiter,
             reaper,
@@ -125,6 +131,9 @@ class TraceThread(threading.Thread):
             lambda process: engine.adopted(process, self),
             hurried=lambda: bool(self._commands),
         )
+        self._returns = Returns(observer, self._arm)
+        self._fork_calls: dict[int, Frames] = {}
+        """Calls that were in flight in a parent when it forked, by the id of the child."""
         self._fork_parents: dict[int, TracedProcess] = {}
         """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
         self._bereft = False
@@ -168,6 +177,14 @@ class TraceThread(threading.Thread):
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        held = self._watch.hold() if self._watch is not None else None
+        try:
+            self._run()
+        finally:
+            if self._watch is not None:
+                self._watch.let_go(held)
+
+    def _run(self) -> None:
         try:
             while not self._finished():
                 tid, status = self._waiter.wait()
@@ -252,6 +269,7 @@ class TraceThread(threading.Thread):
     def take_out(self) -> None:
         """Takes every byte out and lets every process go, whatever is wanted. On this thread; asks /proc nothing."""
         for process in self._group.processes.values():
+            self._returns.retain(process.memory, (), ())
             for site in list(process.memory.sites.values()):
                 process.memory.disarm(site)
                 process.dirty = True
@@ -334,15 +352,25 @@ class TraceThread(threading.Thread):
             self._foreign_trap(thread, addr)
             return False
         # First of all the ip leaves the trap: whatever happens to us from here on, the thread goes on right.
-        self._stepper.leave_trap(thread, site)
+        if not site.paged or memory.runs_paged(site):
+            self._stepper.leave_trap(thread, site)
+        elif not self._leave_by_new_slot(thread, site):
+            return False
+        call = None
         site.tally.traps += 1
         try:
             if thread.uncounted is not None and thread.uncounted == state_of(words):
                 thread.uncounted = None
             else:
+                if site.awaiting:
+                    self._returns.returned(ts, thread, site, words)
                 pid, fd = thread.process.id.pid, memory.fd
                 for sink in site.sinks:
                     sink(ts, pid, tid, words, fd)
+                if site.unwinds:
+                    self._returns.unwound(thread, words)
+                if site.returns:
+                    call = self._returns.entered(ts, thread, site, words)
             if thread.blocked:
                 procfs.tried(lambda: self._stepper.block_again(thread))
             if site.is_hook:
@@ -352,12 +380,60 @@ class TraceThread(threading.Thread):
             log.exception("a hit of thread %d was not served whole", tid)
         thread.settled = True
         thread.hits += 1
+        if call is not None:
+            call.entered_ns = time.monotonic_ns()
         self._resume(thread)
         if not thread.hits & _SAMPLE_MASK:
             self._observer.sampled(site.plan, time.monotonic_ns() - ts)
         if thread.hits & _AFFINITY_MASK == 1:
             self._follow_cpu(thread)
         return not site.is_hook
+
+    def _leave_by_new_slot(self, thread: Thread, site: Site) -> bool:
+        """As ``leave_trap`` for a site that has no slot yet, or none any more; takes it out where it can have none. Returns
+        False where another stop came first: the thread runs into the breakpoint again, and that counts then."""
+        process = thread.process
+        if thread.blocked:
+            # What is pending because SIGTRAP is blocked is not to be let in meanwhile.
+            with contextlib.suppress(OSError):
+                self._stepper.block_again(thread)
+        try:
+            self._pages.provide(thread, site)
+        except Diverted as stop:
+            if stop.status is None:
+                self._resume(thread)
+            else:
+                self._handle(thread.tid, stop.status)
+            return False
+        except Unsupported as e:
+            # This one goes on from the instruction itself, and so do those that wait at the breakpoint.
+            self._give_up(process, site, e)
+        self._group.soil(process.memory)
+        try:
+            procfs.tried(lambda: self._stepper.leave_trap(thread, site))
+        except ProcessLookupError:
+            raise
+        except OSError:
+            self._resume(thread)  # it stands at the breakpoint
+            return False
+        return True
+
+    def _give_up(self, process: TracedProcess, site: Site, error: Unsupported) -> None:
+        """Takes out a site that was armed and cannot be served after all."""
+        # (Of those that share the memory it is the first that sites are told of.)
+        process = next(iter(self._group.sharers(process.memory)), process)
+        process.memory.disarm(site)
+        self._returns.given_up(process.memory, site, error.reason or error.code)
+        process.hooked = process.hooked and not site.is_hook
+        self._engine.again(process.id.pid)
+        if site.is_hook:
+            log.warning("the loader of process %d is not watched: %s", process.id.pid, error)
+            return
+        report = SiteReport(site.addr, site.plan, "refused", error.reason or error.code, str(error))
+        try:
+            self._observer.report(process.id, [report], "reconcile")
+        except Exception:
+            log.exception("it was not told that a site of process %d is refused: %s", process.id.pid, error)
 
     def _foreign_trap(self, thread: Thread, addr: int) -> None:
         """A SIGTRAP that is no hit: one of ours that was taken out meanwhile, or the program's own (semantics H2)."""
@@ -428,8 +504,10 @@ class TraceThread(threading.Thread):
         else:
             if event in (ptrace.PTRACE_EVENT_FORK, ptrace.PTRACE_EVENT_VFORK, ptrace.PTRACE_EVENT_CLONE):
                 child = ptrace.event_message(tid)
-                if child not in self._group.threads:
+                # It may have been born, and have ended, before this is told: its number may be another's next.
+                if child not in self._group.threads and self._is_mine(child):
                     self._fork_parents[child] = thread.process
+                    self._fork_calls[child] = thread.process.memory.calls.frames.copy()
             self._resume(thread)
 
     def _leave_stop(self, thread: Thread, stop: int) -> None:
@@ -448,12 +526,14 @@ class TraceThread(threading.Thread):
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:
         self._group.threads.pop(tid, None)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
         if thread is None:
             return
         process = thread.process
         process.drop(tid)
         if os.WIFSIGNALED(status) or process.threads:
             self._bereft = True  # not by its own exit: by a signal, or by another thread's exit or exec
+        self._returns.thread_ended(process.memory, tid)
         # The leader's end is reported last, when all other threads have gone (ptrace(2), "Death under ptrace").
         # One that ended before it was followed is not reported at all.
         if tid == process.id.pid or (not process.threads and not _lives(process.id.pid)):
@@ -466,6 +546,7 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid)
         if process is not None:
             self._fork_parents.pop(tid, None)
+            self._fork_calls.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
@@ -485,6 +566,7 @@ class TraceThread(threading.Thread):
             return
         self._adopt(pid, tid, parent, status)
         self._fork_parents.pop(tid, None)
+        self._fork_calls.pop(tid, None)
 
     def _likely_parent(self, pid: int) -> TracedProcess | None:
         """Whose memory a child has when its ppid does not tell (CLONE_PARENT, or the parent died at once)."""
@@ -510,6 +592,9 @@ class TraceThread(threading.Thread):
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
+            # The parent may have returned from some of them since; before its event it cannot have.
+            calls = self._fork_calls.get(tid)
+            child.memory.calls.frames = parent.memory.calls.frames.copy() if calls is None else calls
         thread = self._include(child, tid)
         thread.settled = True
         self._stepper.note_mask(thread)
@@ -536,11 +621,13 @@ class TraceThread(threading.Thread):
         self._group.abandon(process)
         thread = self._group.add(process, tid)
         thread.settled = True
+        process.unsettled = False
         old, process.memory = process.memory, fresh
         # What was written while the exec was on its way may have met the new image already.
         fresh.inherit(old)
         gone = [SiteReport(a, s.plan, "gone") for a, s in old.sites.items() if a not in fresh.sites and not s.is_hook]
-        old.close()
+        self._returns.left(process, old, EXECED)
+        self._leave(old)
         with contextlib.suppress(OSError):
             process.comm = procfs.comm(tid)
         process.execs += 1
@@ -561,8 +648,15 @@ class TraceThread(threading.Thread):
         self._group.processes.pop(process.id.pid, None)
         if process.memory.sites or process.memory.former:
             self._forgotten.append(process)
-        process.memory.close()
+        # (Of one that is let go no call is wanted any more; it has none.)
+        self._returns.left(process, process.memory, ENDED)
+        self._leave(process.memory)
         self._engine.forgot(process, status)
+
+    def _leave(self, memory: AddressSpace) -> None:
+        memory.close()
+        if rest := self._group.sharers(memory):
+            memory.belongs_to(*rest[0].id)
 
     # --- letting threads go on ---------------------------------------------------------------------------------------
 
@@ -661,12 +755,14 @@ class TraceThread(threading.Thread):
                 for sharer in sharers:
                     sharer.released = False
                     seized |= self._group.seize(sharer)
-                if self._group.seize_sharers(process) or seized:
+                if self._group.seize_sharers(process) or seized or self._group.is_unsettled(process.memory):
                     self._group.settle_all(process)
             except OSError:
                 for sharer in sharers:
                     sharer.released = True  # nothing was written: all of this is to be done again first
                 raise
+        elif self._group.is_unsettled(process.memory) and not process.memory.sites:
+            self._group.settle_all(process)  # whoever seized it has not come to that, or it took too long
         self._reconcile(process, cause)
         return True
 
@@ -683,10 +779,10 @@ class TraceThread(threading.Thread):
         process = self._group.processes.get(pid) or TracedProcess.open(pid)
         fresh = pid not in self._group.processes
         try:
-            seized = self._group.seize(process)
+            self._group.seize(process)
             for sharer in self._group.sharers(process.memory):
                 sharer.released = False
-                seized |= self._group.seize(sharer)
+                self._group.seize(sharer)
         except OSError:
             if fresh:
                 self._group.abandon(process)
@@ -694,6 +790,7 @@ class TraceThread(threading.Thread):
             raise
         if fresh:
             self._group.processes[pid] = process
+            self._followed = True
             self._engine.adopted(process, self)
         if mapper.tid not in process.threads:
             raise ProcessLookupError(f"thread {mapper.tid} is gone")
@@ -707,7 +804,7 @@ class TraceThread(threading.Thread):
         elif procfs.whereabouts(pid, mapper.tid) is not Whereabouts.EXECUTING:
             process.lingering = not process.memory.sites
             raise TimeoutError(f"the execve of process {pid} may have ended before it was followed")
-        process.awaited[mapper.tid] = Awaited(mapper, seized)
+        process.awaited[mapper.tid] = Awaited(mapper, process.unsettled or self._group.is_unsettled(process.memory))
         process.lingering = False
 
     def _arm_mapper(self, thread: Thread, stop: int) -> None:
@@ -735,7 +832,10 @@ class TraceThread(threading.Thread):
         memory = process.memory
         if self._group.processes.get(process.id.pid) is not process:
             return  # it ended, or was let go, while it settled
-        if memory.users > 1 and self._group.sharers(memory)[:1] not in ([], [process]):
+        if memory.users > 1 and (first := next(iter(self._group.sharers(memory)), process)) is not process:
+            # What is in their memory is entered with the first of those that share it; a birth changes nothing there.
+            if cause != "fork" and _lives(first.id.pid):
+                self._reconcile(first, cause)
             return
         try:
             wanted = procfs.tried(lambda: self._observer.wanted(process.id, cause, parent))
@@ -745,14 +845,18 @@ class TraceThread(threading.Thread):
             # /proc does not answer. What nobody wants anywhere can go without it; the rest stays as it is.
             log.exception("process %d cannot be looked at; it is tried again", process.id.pid)
             self._engine.again(process.id.pid)
+            wished = {s.addr: s for s in memory.sites.values() if s.returns and self._observer.is_wanted(s.plan)}
+            self._returns.retain(memory, [sink for s in wished.values() for sink in s.returns], wished)
             for site in list(memory.sites.values()):
-                if not self._observer.is_wanted(site.plan):
+                if not site.awaiting and not self._observer.is_wanted(site.plan):
                     memory.disarm(site)
                     self._group.soil(memory)
             process.lingering = not memory.sites and not process.held and not process.awaited
             return
         reports: list[SiteReport] = []
         desired = {r.addr: r for r in wanted.sites}
+        returning = [sink for r in wanted.sites for sink in r.returns]
+        self._returns.retain(memory, returning, [r.addr for r in wanted.sites if r.returns])
 
         def moved(site: Site) -> bool:
             return not wanted.still_mapped(site.addr, site.plan)
@@ -765,12 +869,18 @@ class TraceThread(threading.Thread):
             # What a child has of its parent's was looked at just now.
             if same and request is not None and (cause == "fork" or memory.stands(site)):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
-                joined = site.sinks != request.sinks
-                site.sinks = request.sinks
-                site.is_hook = request.is_hook
+                joined = (site.sinks, site.returns) != (request.sinks, request.returns)
+                site.sinks, site.returns = request.sinks, request.returns
+                site.is_hook, site.unwinds = request.is_hook, request.unwinds
                 site.tally = request.tally
                 if cause == "fork" or joined:
                     reports.append(SiteReport(site.addr, site.plan, "armed"))
+                continue
+            if request is None and site.awaiting and not moved(site) and (cause == "fork" or memory.stands(site)):
+                # A return point, which no probe has asked for by its address.
+                if site.sinks or site.returns:
+                    reports.append(SiteReport(site.addr, site.plan, "gone"))
+                site.sinks, site.returns, site.is_hook, site.unwinds = (), (), False, False
                 continue
             self._group.soil(memory)
             if not memory.disarm(site, mapped=not moved(site)):
@@ -784,14 +894,14 @@ class TraceThread(threading.Thread):
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
         new = [r for r in wanted.sites if r.addr not in memory.sites]
         objection = self._objection(process) if new else None
+        no_pages = self._pages.prospect(process)
         for request in new:
             try:
                 if objection is not None:
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                memory.arm(request)
-                self._group.soil(memory)
+                self._arm(process, request, no_pages)
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
@@ -809,6 +919,17 @@ class TraceThread(threading.Thread):
         if any(r.is_hook and r.addr in memory.sites for r in new):
             # What was mapped after the look, and told of before the hook was there, was seen by neither (semantics R2).
             self._reconcile(process, cause, parent)
+
+    def _arm(
+        self,
+        process: TracedProcess,
+        request: SiteRequest,
+        no_pages: Callable[[Site], Unsupported | None] | None = None,
+    ) -> Site:
+        """Arms a site; raises as ``AddressSpace.arm`` does."""
+        site = process.memory.arm(request, no_pages or self._pages.prospect(process))
+        self._group.soil(process.memory)
+        return site
 
     def _look_again(self, process: TracedProcess) -> list[SiteReport]:
         try:
@@ -876,6 +997,10 @@ class TraceThread(threading.Thread):
     def join_process(self, pid: int, sharer: int) -> None:
         """Follows a process that shares the address space of one that is followed here. On this thread. Raises Ended where
         that one no longer is."""
+        if pid in self._group.processes:
+            # It was born to us after it was looked at, and may have an image of its own by now.
+            self.reconcile(pid, "reconcile")
+            return
         if sharer not in self._group.processes:
             raise Ended
         self._group.join(pid, sharer)

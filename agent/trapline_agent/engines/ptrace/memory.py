@@ -9,20 +9,57 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trapline.errors import Unsupported
 from trapline_agent.arch.x86_64.registers import BREAKPOINT
 from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, StepPlan, plan_step
-from trapline_agent.engines.base import Sink, SiteRequest, Tally
+from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest, Tally
+from trapline_agent.engines.frames import Frames
+from trapline_agent.engines.journal import Space
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
 
+log = logging.getLogger(__name__)
+
+AREA_BYTES = 1 << 16
+"""Of the slot pages that a process maps at once, where its files have no room."""
+AREA_HEADER = b"trapline\0slots 1".ljust(SLOT_BYTES, b"\0")
+"""What slot pages begin with, in place of a first slot: a name, and by it a later tracer knows them."""
+_HLT = b"\xf4"
+"""Fills what is free in slot pages: whoever gets there faults at once, whichever byte it begins with, as where nothing is
+mapped. (int3 would look like a breakpoint; zeros are instructions that write.)"""
 _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
+
+
+SWEEP_FROM = 4096
+"""Calls in flight from which on it is looked for abandoned ones."""
+_MAX_REFUSED = 4096
+
+
+@dataclass(eq=False)
+class Calls:
+    """What return probes know of one address space: see ``engines.ptrace.returns``."""
+
+    frames: Frames = field(default_factory=Frames)
+    refused: dict[int, str] = field(default_factory=dict)
+    """Addresses that calls return to and that cannot be armed, with the reason."""
+    sweep_at: int = field(default_factory=lambda: SWEEP_FROM)
+    refuse_next: int = 0
+    """Calls that are refused before it is looked again whether there are too many still."""
+
+    def refuse(self, addr: int, reason: str) -> str:
+        """Remembers a reason, and returns it."""
+        if len(self.refused) >= _MAX_REFUSED:
+            self.refused.clear()
+        self.refused[addr] = reason
+        return reason
 
 
 @dataclass(eq=False)
@@ -38,7 +75,13 @@ class Site:
     """Address of its displaced copy; 0 without one."""
     next_ip: Callable[[Registers], int] | None = None
     """For emulated instructions."""
+    paged: bool = False
+    """Its slot is in slot pages, or is to be from its first hit on. The program may unmap those: each hit makes sure."""
     tally: Tally = field(default_factory=Tally)
+    returns: tuple[ReturnSink, ...] = ()
+    unwinds: bool = False
+    awaiting: set[int] = field(default_factory=set)
+    """Addresses of the entries whose calls return here; without any it is no return point."""
     original: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +96,9 @@ class Site:
 class AddressSpace:
     """Breakpoints and slots of one mm; shared by processes that share it (vfork, CLONE_VM)."""
 
+    uses_slack: ClassVar[bool] = True
+    """Tests turn it off: no file has room behind its code then."""
+
     def __init__(self, pid: int) -> None:
         """Opens the memory of a process. Raises ProcessLookupError, PermissionError."""
         self.fd = _open(pid)
@@ -61,11 +107,18 @@ class AddressSpace:
         """Sites that were taken out; a thread may have hit one just before, and a child forked then may have its byte."""
         self.slots: dict[int, tuple[Site, Slot]] = {}
         """By slot address; kept until no thread can be inside."""
+        self.areas: set[int] = set()
+        """Addresses of slot pages."""
+        self.unmappable: Unsupported | None = None
+        """Why the kernel does not let the process map slot pages, once it has been asked."""
         self.users = 1
         self.written: list[tuple[int, bytes, Site]] = []
         """(address, bytes, site) of each write since ``undo_strays``."""
+        self.records: Space | None = None
+        """Its part of the journal; None without one."""
         self.foreign: set[int] = set()
         """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
+        self.calls = Calls()
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -74,19 +127,52 @@ class AddressSpace:
         fresh = _open(pid)
         os.close(self.fd)
         self.fd = fresh
+        if self.records is not None:
+            self.records.fd = fresh
 
     def close(self) -> None:
         """Gives up the descriptor when the last process that shares the address space is gone."""
         self.users -= 1
         if self.users == 0:
+            if self.records is not None:
+                self.records.close()
             # A number that is used again would lead a late write into another process.
             fd, self.fd = self.fd, -1
             os.close(fd)
 
+    def journal(self, records: Space) -> None:
+        """Notes in the journal what is written from now on, and what came from a parent's memory."""
+        self.records = records
+        try:
+            for site in self.sites.values():
+                self._note(site)
+        except OSError:
+            # That was not written by us: it is there, and is served.
+            log.exception("the journal has no room for what a child has of its parent's breakpoints")
+
+    def belongs_to(self, pid: int, start_time: int) -> None:
+        """Notes which process has this memory, when one of those that share it is gone."""
+        if self.records is not None:
+            self.records.belongs_to(pid, start_time)
+
+    def _note(self, site: Site) -> None:
+        if self.records is not None:
+            file = site.plan.file
+            self.records.enter(site.addr, file.dev, file.inode, site.plan.offset, site.plan.code, BREAKPOINT)
+
+    def _forget(self, site: Site) -> None:
+        if self.records is not None:
+            self.records.clear(site.addr)
+
     # --- breakpoints -------------------------------------------------------------------------------------------------
 
-    def arm(self, request: SiteRequest) -> Site:
+    def arm(self, request: SiteRequest, no_pages: Callable[[Site], Unsupported | None] = lambda site: None) -> Site:
         """Writes a breakpoint. The instruction in memory must be the file's (semantics R14).
+
+        Args:
+            request: what is wanted.
+            no_pages: says why a site cannot be given a slot at its first hit either, for one that can have none now. What
+                that does not know shows at that hit.
 
         Raises:
             Unsupported: with the reason; nothing was written.
@@ -110,17 +196,28 @@ class AddressSpace:
                 reason="TextDiffers",
                 hint="the program changed its own code (text relocation, hot patch); probe another instruction",
             )
-        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally)
+        site = Site(addr, plan, step, request.sinks, request.is_hook, tally=request.tally, returns=request.returns)
+        site.unwinds = request.unwinds
         site.next_ip = step.next_ip(addr)
         if site.next_ip is None:
             site.slot = self._place(site, request.slack_addr)
             if not site.slot and step.computed is None:
-                raise Unsupported(
-                    f"`{step.text}` needs room for a displaced copy, and the file has none behind its code",
-                    reason="NoRoom",
-                    hint="probe another instruction of the function",
-                )
-        os.pwrite(self.fd, BREAKPOINT, addr)
+                site.paged = True
+                if not self.place_in_area(site) and (refusal := no_pages(site)) is not None:
+                    raise refusal
+        try:
+            self._note(site)
+        except OSError as e:
+            raise Unsupported(
+                f"the tracer's journal has no room: {e.strerror or e}",
+                reason="NoJournal",
+                hint="make room where the tracer's socket is",
+            ) from e
+        try:
+            os.pwrite(self.fd, BREAKPOINT, addr)
+        except OSError:
+            self._forget(site)
+            raise
         self.written.append((addr, BREAKPOINT, site))
         self.sites[addr] = site
         if site.slot and not self._keeps_slot(site.slot):
@@ -143,12 +240,14 @@ class AddressSpace:
         if self.has(site.addr, BREAKPOINT if mapped else site.armed):
             # It may be unmapped meanwhile, or the address space gone with its last process.
             if not self.put(site.addr, site.original) and self.has(site.addr, site.armed):
-                site.sinks = ()
+                site.sinks = site.returns = ()
+                site.awaiting.clear()
                 return False
             self.written.append((site.addr, site.original, site))
         if site.slot and not self._keeps_slot(site.slot):
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
+        self._forget(site)
         self.former[site.addr] = site
         return True
 
@@ -180,6 +279,7 @@ class AddressSpace:
             self.slots.pop(addr, None)
             if self.sites.get(site.addr) is site:
                 del self.sites[site.addr]
+                self._forget(site)
                 gone.append(site)
         return gone
 
@@ -189,7 +289,8 @@ class AddressSpace:
 
     def stands(self, site: Site) -> bool:
         """Whether a site is as it was armed: mapped anew, its file is there again without our bytes."""
-        return self.has_breakpoint(site.addr) and (not site.slot or self._keeps_slot(site.slot))
+        # (A slot in pages is looked for at each hit.)
+        return self.has_breakpoint(site.addr) and (site.paged or not site.slot or self._keeps_slot(site.slot))
 
     def take_back(self, plan: SitePlan, addr: int, moved: Callable[[Site], bool]) -> bool:
         """Takes out a breakpoint of ours that came to an address with the memory it was written to (mremap).
@@ -233,11 +334,14 @@ class AddressSpace:
         The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
         """
         for site in (*parent.former.values(), *parent.sites.values()):
-            copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip)
+            copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip, site.paged)
+            copy.awaiting = set(site.awaiting)
             (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
+        # (A paged slot may have been placed after the fork; that is seen at the first hit.)
+        self.areas = {area for area in parent.areas if self.has(area, AREA_HEADER)}
 
     def purge_child(self, tid: int) -> None:
         """Takes out of a stopped child's memory, which is a copy of this one, what it has of our breakpoints and slots, by
@@ -253,7 +357,7 @@ class AddressSpace:
                     part = slot.code[at : at + ptrace.WORD]
                     word = ptrace.peek(tid, addr + at)
                     if word.startswith(part):
-                        ptrace.poke(tid, addr + at, bytes(len(part)) + word[len(part) :])
+                        ptrace.poke(tid, addr + at, self._blank(addr, len(part)) + word[len(part) :])
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -262,10 +366,11 @@ class AddressSpace:
         for addr, (owner, _) in list(self.slots.items()):
             if owner.addr == site.addr and owner.plan == site.plan:
                 if self._keeps_slot(addr):
+                    site.paged = self._is_paged(addr)
                     return addr
                 del self.slots[addr]  # it went with its mapping, and the file was mapped there anew
                 break
-        if not slack_addr:
+        if not slack_addr or not self.uses_slack:
             return 0
         first = -(-slack_addr // 16) * 16
         for addr in range(first, slack_addr + site.plan.slack_len - SLOT_BYTES + 1, SLOT_BYTES):
@@ -286,6 +391,53 @@ class AddressSpace:
             return addr
         return 0
 
+    def place_in_area(self, site: Site) -> bool:
+        """Writes the displaced copy into slot pages that are there already. Returns whether there is a slot now."""
+        for area in sorted(self.areas, key=lambda a: abs(a - site.addr)):
+            if not self.has(area, AREA_HEADER):
+                self._lose_area(area)
+                continue
+            content = procfs.tried(lambda a=area: os.pread(self.fd, AREA_BYTES, a))  # type: ignore[misc]
+            for at in range(SLOT_BYTES, AREA_BYTES - SLOT_BYTES + 1, SLOT_BYTES):
+                addr = area + at
+                if addr in self.slots:
+                    continue
+                try:
+                    slot = site.step.slot(site.addr, addr)
+                except Unsupported:
+                    break
+                # What is neither may be the remains of a tracer that was killed, with a thread inside that stands still.
+                full = slot.code.ljust(SLOT_BYTES, _HLT)
+                if content[at : at + SLOT_BYTES] in (_HLT * SLOT_BYTES, full) and self.put(addr, full):
+                    self.slots[addr] = (site, slot)
+                    site.slot = addr
+                    return True
+        return False
+
+    def add_area(self, area: int) -> bool:
+        """Makes slot pages of fresh memory. Returns whether it could be written."""
+        if not self.put(area, AREA_HEADER.ljust(AREA_BYTES, _HLT)):
+            return False
+        self.areas.add(area)
+        return True
+
+    def runs_paged(self, site: Site) -> bool:
+        """Whether the slot of a paged site is (still) there."""
+        return site.slot != 0 and self._keeps_slot(site.slot)
+
+    def _lose_area(self, area: int) -> None:
+        """The program unmapped slot pages, or put something else there."""
+        self.areas.discard(area)
+        for addr in [a for a in self.slots if area <= a < area + AREA_BYTES]:
+            del self.slots[addr]
+
+    def _is_paged(self, slot: int) -> bool:
+        return any(area <= slot < area + AREA_BYTES for area in self.areas)
+
+    def _blank(self, slot: int, length: int) -> bytes:
+        """What is in a slot before and after its use."""
+        return length * (_HLT if self._is_paged(slot) else b"\0")
+
     def slot_at(self, ip: int) -> tuple[int, Site, Slot] | None:
         """Returns (address, site, slot) of the slot that an instruction pointer is in."""
         for addr, (site, slot) in self.slots.items():
@@ -298,10 +450,13 @@ class AddressSpace:
         return self.has(addr, self.slots[addr][1].code) if addr in self.slots else False
 
     def wipe_slots(self) -> None:
-        """Puts the zeros back. Only when no thread can be inside, and no site uses them."""
+        """Puts back what was there. Only when no thread can be inside, and no site uses them.
+
+        Slot pages stay: unmapping them would take another stop at a breakpoint, and they serve again.
+        """
         for addr, (_, slot) in self.slots.items():
             if self.has(addr, slot.code):
-                self.put(addr, bytes(len(slot.code)))
+                self.put(addr, self._blank(addr, len(slot.code)))
         self.slots.clear()
 
 

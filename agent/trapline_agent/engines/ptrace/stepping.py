@@ -62,6 +62,8 @@ class Stepper:
             self._registers.store(thread.tid)
             for i, value in enumerate(before):
                 words[i] = value
+        else:
+            ptrace.poke_user(thread.tid, 8 * RIP, site.addr)  # its byte was taken out, for want of a slot
 
     def note_mask(self, thread: Thread) -> None:
         """Remembers what a stopped thread blocks, where that is SIGTRAP too: see ``Thread.blocked``."""

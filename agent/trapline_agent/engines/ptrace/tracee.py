@@ -42,7 +42,7 @@ class Thread:
 class Awaited:
     mapper: Mapper
     settle: bool
-    """Whether the process was seized for it, and has not settled since."""
+    """Whether the process was seized, for it or before, and has not settled since."""
 
 
 @dataclass(eq=False)
@@ -57,6 +57,8 @@ class TracedProcess:
     """Nothing is wanted in it any more; it will be let go when that needs no stop."""
     released: bool = False
     """Lingering, and every thread was seen where nothing of ours can reach it: any stop may be its last."""
+    unsettled: bool = False
+    """Threads were seized, and not all of them have been seen outside of a fork since that may have begun before."""
     dirty: bool = True
     """Something was written since its threads were last asked to settle."""
     hooked: bool = False
