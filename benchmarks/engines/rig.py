@@ -123,7 +123,7 @@ class Rig:
 
 
 async def untraced(pid: int) -> None:
-    """Waits until nobody traces a process: one that is let go without being stopped goes a little after the last byte. Raises
+    """Waits until nobody traces a process: one that is let go without a stop goes a little after the last byte. Raises
     TimeoutError."""
     async with asyncio.timeout(_ARMED_S):
         while procfs.tracer(pid):  # noqa: ASYNC110 - nobody tells
