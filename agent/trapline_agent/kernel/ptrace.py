@@ -7,7 +7,7 @@ other calls ``waitpid(-1)``, has no SEIZE and drops foreign SIGTRAPs.
 Every call must come from the thread that seized the tracee; ptrace answers ESRCH to any other (ptrace(2), "Notes").
 Requests on a stopped tracee do not block, so they keep the interpreter lock (PyDLL), which saves giving it up and fighting
 for it again several times a hit. SEIZE can block (on cred_guard_mutex while the tracee is in execve) and gives it up, as
-waiting does; kcmp and tgkill do not block either.
+waiting does; so does kcmp, which waits for an execve that closes its files (kernel/kcmp.c, exec_update_lock).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _slow = _libc.ptrace
 _slow.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _slow.restype = ctypes.c_long
 _waitpid = _libc.waitpid
-_syscall = _holding.syscall
+_syscall = _libc.syscall
 
 
 def _fail(what: str, tid: int) -> OSError:

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -104,7 +105,13 @@ class Consumer:
         """Whether it names processes, which are then followed though they do not map its files yet."""
         return "pid" in self.register.where or "tree" in self.register.where
 
-    def add(self, plans: Iterable[SitePlan]) -> None:
+    def add(self, plans: Iterable[SitePlan], held: Callable[[FileKey], int] = lambda file: -1) -> None:
+        """Adds sites.
+
+        Args:
+            plans: of these.
+            held: returns a descriptor of a file that somebody else holds, or -1.
+        """
         self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
             if self.register.returns:
@@ -113,7 +120,8 @@ class Consumer:
                 self.sinks[plan.site] = self.ring.sink(plan.site)
             if plan.file not in self.held:
                 # Its path may be another file's here, or nobody's: then who maps it leads there.
-                self._keep(plan.file, _opened(plan.file, lambda path=plan.path: open_regular(path)))  # type: ignore[misc]
+                fd = _copy(held(plan.file))
+                self._keep(plan.file, fd if fd >= 0 else _opened(plan.file, partial(open_regular, plan.path)))
 
     def hold(self, pid: int, mapping: FileMapping) -> None:
         """Keeps the inode of a mapped file. Any thread."""
@@ -129,10 +137,6 @@ class Consumer:
                 return
         if fd >= 0:
             os.close(fd)
-
-    def descriptors(self) -> list[tuple[FileKey, int]]:
-        with self._holding:
-            return [(file, fd) for file, fd in self.held.items() if fd >= 0]
 
     def close(self) -> None:
         with self._holding:
@@ -230,7 +234,7 @@ class Table:
             consumer.changed |= consumer.targets.keys()
             consumer.coverage.tell_again()
         consumer.register = register
-        consumer.add(register.plans)
+        consumer.add(register.plans, self._held)
         self._renew()
         return consumer
 
@@ -257,7 +261,11 @@ class Table:
 
     def descriptors(self) -> dict[FileKey, int]:
         """Returns an O_PATH descriptor of each probed file that could be opened. They belong to the consumers."""
-        return {file: fd for consumer in self._now.consumers for file, fd in consumer.descriptors()}
+        return {file: fd for file in self._now.by_file if (fd := self._held(file)) >= 0}
+
+    def _held(self, file: FileKey) -> int:
+        fds = (consumer.held.get(file, -1) for _, consumer in self._now.by_file.get(file, ()))
+        return next((fd for fd in fds if fd >= 0), -1)
 
     def loaders(self) -> Mapping[FileKey, SitePlan]:
         return self._now.loaders
@@ -768,6 +776,13 @@ def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:
     if not any(r.addr < 1 << 32 for r in sites) or not process.is_32_bit(pid):
         return sites
     return [replace(r, refusal=process.thirty_two_bit(pid)) for r in sites]
+
+
+def _copy(fd: int) -> int:
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            return os.dup(fd)
+    return -1
 
 
 def _opened(file: FileKey, opener: Callable[[], int]) -> int:
