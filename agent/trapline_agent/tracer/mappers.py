@@ -40,6 +40,7 @@ _PING_S = 0.5
 _PONG_S = 1.0
 """An answerer that does not answer for so long is ended: that frees all who wait for it."""
 _START_S = 10.0
+_JOIN_S = 1.0
 _MAX_ENDS = 3
 """After so many ends of answerers it is given up."""
 _SHARED = re.compile(r"(ld|libc)[-.].*so")
@@ -300,11 +301,12 @@ class _Answerer:
             raise OSError(code, os.strerror(code))
 
     def close(self) -> None:
-        """Ends it; the threads have ended on return."""
+        """Ends it. The threads have ended on return, but for one that hangs with a process that it is to have followed: the
+        lease must not wait for that."""
         self.kill()
         self._work.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(_JOIN_S)
         self.process.wait()
         self._socket.close()
 

@@ -32,6 +32,9 @@ class Outages:
         self._spans: dict[Key, _Span] = {}
         self._ended_ns = 0
 
+    def __bool__(self) -> bool:
+        return bool(self._spans)
+
     def __contains__(self, key: Key) -> bool:
         return key in self._spans
 

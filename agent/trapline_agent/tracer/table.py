@@ -494,7 +494,8 @@ class Table:
                     if consumer.register.returns
                     else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
                 )
-        if verdicts:
+        # (Budgets may have been lifted meanwhile: then what is out comes back, if it is mapped still.)
+        if verdicts or any(c.outages for c in now.consumers):
             self._note_left_out(identity, interested, left_out, cause, facts.comm)
         # What is left out comes back: the process is followed meanwhile.
         keep = bool(left_out) or any(c.follows for c in matching)

@@ -513,7 +513,9 @@ class TraceThread(threading.Thread):
     def _leave_stop(self, thread: Thread, stop: int) -> None:
         """Ends a PTRACE_EVENT_STOP: a group stop goes on as the program's own."""
         if stop not in _GROUP_STOPS:
-            self._begin_again(thread, 0)
+            if not thread.listening:
+                self._begin_again(thread, 0)  # who was stopped by job control sees EINTR, as without us
+            thread.listening = False
             self._deliver(thread, 0)
             return
         # It may be let go in this stop, and the slots with it.
@@ -521,6 +523,7 @@ class TraceThread(threading.Thread):
         if thread.process.released:
             self._detach(thread, 0)
         else:
+            thread.listening = True
             ptrace.listen(thread.tid)
 
     def _ended_task(self, tid: int, thread: Thread | None, status: int) -> None:

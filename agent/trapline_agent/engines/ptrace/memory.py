@@ -34,6 +34,7 @@ AREA_HEADER = b"trapline\0slots 1".ljust(SLOT_BYTES, b"\0")
 _HLT = b"\xf4"
 """Fills what is free in slot pages: whoever gets there faults at once, whichever byte it begins with, as where nothing is
 mapped. (int3 would look like a breakpoint; zeros are instructions that write.)"""
+_PAGE = 4096
 _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
 
@@ -321,6 +322,13 @@ class AddressSpace:
                 return os.pread(self.fd, len(content), addr) == content
         return False
 
+    def _read_page(self, addr: int) -> bytes:
+        """Returns what is in a page; nothing where none is mapped."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError):
+                return os.pread(self.fd, _PAGE, addr)
+        return b""
+
     def put(self, addr: int, content: bytes) -> bool:
         """Writes; returns whether that could be done."""
         for _ in range(_TRIES):
@@ -333,10 +341,15 @@ class AddressSpace:
 
         The parent's may have changed between the fork and now: the child's memory decides, not the parent's tables.
         """
+        pages: dict[int, bytes] = {}
         for site in (*parent.former.values(), *parent.sites.values()):
             copy = Site(site.addr, site.plan, site.step, (), site.is_hook, site.slot, site.next_ip, site.paged)
             copy.awaiting = set(site.awaiting)
-            (self.sites if self.has_breakpoint(site.addr) else self.former)[site.addr] = copy
+            page, at = divmod(site.addr, _PAGE)
+            if page not in pages:
+                pages[page] = self._read_page(page * _PAGE)
+            there = pages[page][at : at + 1] == BREAKPOINT
+            (self.sites if there else self.former)[site.addr] = copy
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
+import struct
+import time
 
-from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, RAX, RIP, RSP
+from trapline_agent.arch.x86_64.registers import EFLAGS, ORIG_RAX, R8, R10, RAX, RDX, RIP, RSP
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.tracee import Thread
 from trapline_agent.kernel import procfs, ptrace
@@ -24,9 +27,26 @@ _INTERRUPTED = 2**64 - errno.EINTR
 _ERESTARTNOHAND = 2**64 - 514
 """include/linux/errno.h: a system call begins again, unless a handler runs; then it ends with EINTR."""
 _IGNORED_BY_DEFAULT = frozenset((signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT))
-_UNRESTARTED = frozenset((0, 43, 45, 47, 65, 128, 208, 220, 232, 281, 288, 333, 441))
-"""System calls that end with EINTR whatever the signal, having done nothing: read (of inotify), accept, recvfrom, recvmsg,
-semop, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, accept4, io_pgetevents, epoll_pwait2."""
+_UNKNOWN_S = 1.0
+"""Taken for a time-out that is not among the arguments (SO_RCVTIMEO)."""
+_UNRESTARTED: dict[int, int | float] = {
+    0: math.inf,  # read, of inotify
+    43: _UNKNOWN_S,  # accept
+    45: _UNKNOWN_S,  # recvfrom
+    47: _UNKNOWN_S,  # recvmsg
+    65: math.inf,  # semop
+    128: RDX,  # rt_sigtimedwait
+    208: R8,  # io_getevents
+    220: R10,  # semtimedop
+    232: R10,  # epoll_wait
+    281: R10,  # epoll_pwait
+    288: _UNKNOWN_S,  # accept4
+    333: R8,  # io_pgetevents
+    441: R10,  # epoll_pwait2
+}
+"""System calls that end with EINTR whatever the signal, having done nothing; and their time-out in seconds, or the register
+that has it, or its address."""
+_IN_MS = frozenset((232, 281))
 _STEPS = 8
 """Single steps out of a slot; only a repeated string instruction takes more."""
 
@@ -120,7 +140,7 @@ class Stepper:
         A signal that the program ignores is dropped before it wakes anybody, but not where the thread is traced
         (kernel/signal.c, sig_ignored); and a stop of ours may come just as a thread begins to wait.
 
-        A time-out begins again too; a program that sees EINTR without a reason may be at a loss.
+        Its time-out begins again too: so not more often than doubles that, for a program may owe its timers to it.
 
         Args:
             thread: in a signal-delivery-stop, or in one of PTRACE_EVENT_STOP.
@@ -135,8 +155,41 @@ class Stepper:
             bit = 1 << (sig - 1)
             if not ignored & bit and (caught & bit or sig not in _IGNORED_BY_DEFAULT):
                 return
+        if not self._may_wait_longer(thread):
+            return
         # Should a handler run all the same, for another signal, the kernel makes EINTR of it again.
         ptrace.poke_user(thread.tid, 8 * RAX, _ERESTARTNOHAND)
+
+    def _may_wait_longer(self, thread: Thread) -> bool:
+        timeout, now = self._timeout(thread), time.monotonic()
+        if timeout == math.inf:
+            return True
+        ip, first, last = thread.again or (0, 0.0, 0.0)
+        if ip != self._words[RIP] or now - last >= timeout:
+            first = now  # what was begun again then has ended since
+        elif now - first > timeout:
+            thread.again = None
+            return False
+        thread.again = (self._words[RIP], first, now)
+        return True
+
+    def _timeout(self, thread: Thread) -> float:
+        """Returns how long the system call of a thread may wait, in seconds. Raises OSError."""
+        words = self._words
+        call = words[ORIG_RAX]
+        register = _UNRESTARTED[call]
+        if isinstance(register, float):
+            return register
+        if call in _IN_MS:
+            value = struct.unpack("<i", struct.pack("<I", words[register] & 0xFFFFFFFF))[0]
+            return math.inf if value < 0 else value / 1000
+        if not words[register]:
+            return math.inf
+        timespec = os.pread(thread.process.memory.fd, 16, words[register])
+        if len(timespec) < 16:
+            raise OSError(errno.EFAULT, "the time-out cannot be read")
+        seconds, ns = struct.unpack("<qq", timespec)
+        return float(seconds + ns / 1e9)
 
     def owes_trap(self, thread: Thread) -> bool:
         """Whether a thread in an event stop has run into a breakpoint of ours and not told of it yet: a group-stop and an

@@ -18,8 +18,12 @@ class Thread:
     """It was seen outside of fork and clone since this was last asked."""
     interrupted: bool = False
     """PTRACE_INTERRUPT was sent, its stop has not come yet."""
+    listening: bool = False
+    """It is in a group-stop (ptrace(2), PTRACE_LISTEN)."""
     stop_again: bool = False
     """It left a group-stop to tell of a breakpoint, and goes back there before it runs."""
+    again: tuple[int, float, float] | None = None
+    """(ip, first and last time) of a system call that was begun again: see ``Stepper.begin_again``."""
     held: bool = False
     """Stopped by us and not to be let go yet."""
     uncounted: list[int] | None = None
