@@ -101,12 +101,13 @@ def test_r7_probes_come_and_go_on_64_busy_threads(
         hits = 0
         for cycle in torture.cycles(100, 10_000) if followed else torture.cycles(6, 1000):
             hits += bounded_cycle(host, plan, f"p{cycle}", read["begun"], read["done"], pid=child.pid)[0]
+        while not hits:  # on a busy machine a nice target may not have run yet
+            hits += bounded_cycle(host, plan, "more", read["begun"], read["done"], pid=child.pid)[0]
         child.ask("stop", timeout=120)
         if followed:
             host.unregister("other")
         count = child.count()
         assert (count["threads"], count["wrong"], count["begun"] - count["done"]) == (64, 0, 0)
-        assert hits > 0
         torture.note(f"hits={hits}")
         as_it_was(host, child)
         assert signal_states(child.pid) == states

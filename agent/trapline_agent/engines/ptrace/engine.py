@@ -14,6 +14,7 @@ from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.journal import Journal
 from trapline_agent.engines.ptrace.attaching import Attaching
+from trapline_agent.engines.ptrace.group import TracedBeside
 from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
@@ -22,6 +23,8 @@ from trapline_agent.kernel import procfs, ptrace
 log = logging.getLogger(__name__)
 
 CLOSE_PATIENCE_S = 30.0
+_PATIENCE_S = 2.0
+_PAUSE_S = 0.001
 _HOLD_TIMEOUT_S = 10.0
 _MAX_COMMS = 8192
 """Names of processes that are remembered, of ended ones too: hits are drained later than they are made."""
@@ -75,6 +78,7 @@ class PtraceEngine:
 
     def reconcile(self, process: ProcessId, cause: str) -> None:
         """See ``Engine``. Refusals by the kernel are reported for each wanted site."""
+        patience = time.monotonic() + _PATIENCE_S
         while True:
             with self._lock:
                 thread = self._threads.get(process.pid)
@@ -103,6 +107,12 @@ class PtraceEngine:
                     self._unmap(process.pid, thread)
             except ProcessLookupError:
                 return
+            except TracedBeside as e:
+                # A thread or child that was born as its parent was let go is not entered there: it goes at its first stop.
+                if time.monotonic() > patience:
+                    self._busy(process, cause, str(e))
+                    return
+                time.sleep(_PAUSE_S)
             except TimeoutError as e:
                 self._busy(process, cause, str(e))
                 return
@@ -171,6 +181,8 @@ class PtraceEngine:
                 thread = self._start()
                 seizer = thread.native_id or 0
                 thread.call(lambda: thread.attach(process.pid, cause, is_apart))
+        except TracedBeside:
+            raise
         except PermissionError as e:
             reason, message = _why_not(process.pid, e, seizer)
             if reason:

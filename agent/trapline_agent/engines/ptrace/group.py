@@ -29,6 +29,10 @@ _PATIENCE_S = 0.002
 """How long a running thread is only looked at before it is interrupted: most block in between, and then need not be."""
 
 
+class TracedBeside(PermissionError):
+    """Another thread of this tracer has a thread that was to be seized; it is about to let it go."""
+
+
 class Group:
     """See the module."""
 
@@ -91,6 +95,9 @@ class Group:
                 except OSError:
                     if procfs.has_ended(pid, tid) or self.is_ours(tid):
                         continue  # ours: a clone that the kernel attached for us, whose first stop will tell
+                    with contextlib.suppress(ProcessLookupError):
+                        if (by := procfs.tracer(tid)) and procfs.is_own_thread(by):
+                            raise TracedBeside(f"thread {tid} is being let go") from None
                     raise
                 self.add(process, tid)
                 seized = process.unsettled = True

@@ -564,8 +564,13 @@ class TraceThread(threading.Thread):
         parent = (
             self._fork_parents.get(tid) or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
         )
-        if parent is None:
+        if parent is None or pid != tid or self._is_left_behind(parent, pid):
+            # Of a process that was let go meanwhile, or with the memory of one: nothing of ours is there, and nothing may be
+            # written there, since nobody has the others that run there.
+            self._fork_parents.pop(tid, None)
+            self._fork_calls.pop(tid, None)
             ptrace.detach(tid)
+            self._engine.again(pid)
             return
         self._adopt(pid, tid, parent, status)
         self._fork_parents.pop(tid, None)
@@ -581,6 +586,17 @@ class TraceThread(threading.Thread):
         finally:
             probe.close()
         return next(iter(self._group.processes.values()), None)
+
+    def _is_left_behind(self, parent: TracedProcess, pid: int) -> bool:
+        """Whether a child has the memory of a parent that is followed no more."""
+        if parent.memory.users:
+            return False
+        try:
+            return ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
+        except OSError as e:
+            if e.errno not in ptrace.NO_KCMP:
+                raise
+            return False
 
     def _adopt(self, pid: int, tid: int, parent: TracedProcess, status: int) -> None:
         try:
@@ -601,7 +617,10 @@ class TraceThread(threading.Thread):
         thread = self._include(child, tid)
         thread.settled = True
         self._stepper.note_mask(thread)
-        self._reconcile(child, "fork", parent.id)
+        if child.memory is parent.memory and parent.released:
+            child.lingering = child.released = True  # nothing of ours is there, and its parent is being let go
+        else:
+            self._reconcile(child, "fork", parent.id)
         if status >> 16 == ptrace.PTRACE_EVENT_STOP:
             self._let_go_if_idle(child)
             self._resume(thread)
@@ -636,6 +655,7 @@ class TraceThread(threading.Thread):
         process.execs += 1
         self._engine.renamed(process)
         self._observer.report(process.id, gone, "exec")
+        process.released = False  # all that is left of it stands here
         self._reconcile(process, "exec" if awaited is None else awaited.mapper.cause())
         if process.held:
             thread.held = True
@@ -750,10 +770,10 @@ class TraceThread(threading.Thread):
             return False
         if process.awaited and cause.startswith("mmap"):
             return True  # the mapper stops before it runs what it maps, and it is looked at then
-        if process.released:
-            # It may have been let go in part already, and those that share its memory; from here on no stop is the last.
+        sharers = self._group.sharers(process.memory)
+        if any(sharer.released for sharer in sharers):
+            # They may have been let go in part already; from here on no stop is the last.
             seized = False
-            sharers = self._group.sharers(process.memory)
             try:
                 for sharer in sharers:
                     sharer.released = False
@@ -835,7 +855,12 @@ class TraceThread(threading.Thread):
         memory = process.memory
         if self._group.processes.get(process.id.pid) is not process:
             return  # it ended, or was let go, while it settled
-        if memory.users > 1 and (first := next(iter(self._group.sharers(memory)), process)) is not process:
+        sharers = self._group.sharers(memory)
+        if any(sharer.released for sharer in sharers):
+            # Some of their threads may be let go already, and would meet alone what is written now.
+            self._engine.again(process.id.pid)
+            return
+        if memory.users > 1 and (first := next(iter(sharers), process)) is not process:
             # What is in their memory is entered with the first of those that share it; a birth changes nothing there.
             if cause != "fork" and _lives(first.id.pid):
                 self._reconcile(first, cause)
