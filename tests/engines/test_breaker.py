@@ -346,7 +346,7 @@ async def test_a_hot_loop_gets_its_speed_back(targets: Targets) -> None:
             await session.client.unregister("p")
             await session.until(lambda: session.stats.hits == session.rows)
             assert session.target is not None
-            # A hot loop takes nearly all of a CPU's time, so a tenth of it is a tenth of the time and a look or two; but on a
+            # A hot loop takes nearly all of a CPU, so a tenth of it is a tenth of the time and a look or two; but on a
             # busy machine it gets a part of a CPU alone, and is in for longer.
             assert session.target.covered < 0.8
             # Seen, it makes some 100,000 calls a second, unseen a thousand times that.
