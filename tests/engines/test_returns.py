@@ -263,7 +263,7 @@ def test_h7_threads_and_processes_that_end_inside(host: Host, targets: Targets) 
         assert (probe.calls, probe.hits) == (50, 0)
         child.ask("call 10")
         child.send("exit 0")
-        child.popen.wait(10)
+        assert child.wait() == 0
         wait_until_gone(host, child.pid)
         assert (probe.calls, probe.hits) == (61, 10)
         # A thread may get the stack of one whose end was not told of yet.

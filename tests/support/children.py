@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -74,6 +75,38 @@ class Lines:
         self._selector.close()
 
 
+class _Popen(subprocess.Popen[bytes]):
+    """Is waited for when it has ended, not before: where a thread of this very process traces it, a wait of another thread
+    gets its stops too (kernel/exit.c, wait_consider_task), and the tracer never learns of them."""
+
+    def has_ended(self, timeout_s: float | None = 0) -> bool:
+        if self.returncode is not None:
+            return True
+        if not hasattr(self, "_pidfd"):
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+    def _internal_poll(self, *args: object, **kwargs: object) -> int | None:
+        if not self.has_ended():
+            return None
+        return super()._internal_poll(*args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if not self.has_ended(0 if wait_flags & os.WNOHANG else None):
+            return 0, 0
+        return super()._try_wait(wait_flags)  # type: ignore[misc,no-any-return]
+
+    def __del__(self, *args: object) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self._pidfd)
+        super().__del__(*args)  # type: ignore[misc]
+
+
 class Child:
     """A running child. As a context manager it is ended on leaving; having died by a signal meanwhile is an error."""
 
@@ -101,7 +134,7 @@ class Child:
         """
         self.argv = [str(a) for a in argv]
         self.name = Path(self.argv[0]).name
-        self.popen = subprocess.Popen(
+        self.popen = _Popen(
             self.argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
