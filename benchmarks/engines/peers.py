@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
-from benchmarks.engines.rig import PROBED, ROOT, TEXT, Rig, Trapline, build
+from benchmarks.engines.rig import PROBED, ROOT, TEXT, Rig, Trapline, build, untraced
 from tests.support import uprobe
 from tests.support.children import Child
 from trapline_agent.plans import FetchPlan
@@ -86,6 +86,7 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
             yield session
             await tracer.client.unregister(probe)
             session.hits = await tracer.hits(probe, session.calls)
+            await untraced(rig.pid)
 
         return Way("trapline ptrace", kind, arm, threads)
 
