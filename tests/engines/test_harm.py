@@ -39,7 +39,7 @@ def test_a_process_that_is_to_join_and_was_born_to_us_meanwhile(host: Host, targ
         while other not in (t.pid for t in probe.targets if t.state == "armed"):
             pass  # it stands still at its birth
         thread = host.engine._threads[other]
-        thread.call(lambda: thread.join_process(other, child.pid))
+        thread.call(lambda: thread.commands.join_process(other, child.pid))
         probe.unregister()
         assert 0xCC not in {now for _, now in altered_bytes(other, [program]).values()}
         child.ask("go")

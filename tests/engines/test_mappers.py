@@ -12,9 +12,9 @@ import pytest
 from tests.engines.host import Host, Probe
 from tests.support.children import TIMEOUT_S
 from tests.support.targets import Targets
+from trapline_agent.engines.ptrace.commands import Ended
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ptrace.group import Group
-from trapline_agent.engines.ptrace.loop import Ended
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import FileKey, SitePlan
@@ -73,9 +73,9 @@ def test_a_child_that_is_being_born_as_its_parent_is_let_go_has_none_of_our_byte
             return change
 
         asked = threading.Event()
-        expects_children = thread._expects_children
+        expects_children = thread._lifecycle.expects_children
         thread._waiter.wait = delayed
-        thread._expects_children = lambda: (expects_children(), asked.set())[0]
+        thread._lifecycle.expects_children = lambda: (expects_children(), asked.set())[0]
         thread.call(lambda: None)  # it waits in ``delayed`` from now on
         child.send("fork 5")
         assert born.wait(TIMEOUT_S)
@@ -159,4 +159,4 @@ def test_a_child_that_has_ended_before_its_birth_is_told_is_nobody_s_child(host:
         child.send("fork 5")
         child.wait_for("ended")
         assert ended
-        assert thread._fork_parents == {}
+        assert thread._lifecycle._fork_parents == {}

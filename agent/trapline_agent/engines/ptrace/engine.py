@@ -14,8 +14,9 @@ from trapline.errors import EngineError, PermissionDenied, Unsupported
 from trapline_agent.engines.base import Capabilities, Mapper, Observer, ProcessId, SiteReport, Wanted
 from trapline_agent.engines.journal import Journal
 from trapline_agent.engines.ptrace.attaching import Attaching
+from trapline_agent.engines.ptrace.commands import Ended
 from trapline_agent.engines.ptrace.group import TracedBeside
-from trapline_agent.engines.ptrace.loop import DOORBELL, Ended, TraceThread
+from trapline_agent.engines.ptrace.loop import DOORBELL, TraceThread
 from trapline_agent.engines.ptrace.reaper import Reaper
 from trapline_agent.engines.ptrace.tracee import TracedProcess
 from trapline_agent.kernel import procfs, ptrace
@@ -84,7 +85,7 @@ class PtraceEngine:
                 thread = self._threads.get(process.pid)
             try:
                 if thread is not None:
-                    if thread.call(lambda t=thread: t.reconcile(process.pid, cause)):  # type: ignore[misc]
+                    if thread.call(lambda t=thread: t.commands.reconcile(process.pid, cause)):  # type: ignore[misc]
                         return
                     self._unmap(process.pid, thread)
                     continue
@@ -135,13 +136,13 @@ class PtraceEngine:
                 return False
             try:
                 if thread is not None:
-                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    thread.call(lambda t=thread: t.commands.await_mapper(mapper))  # type: ignore[misc]
                     return True
                 with self.attaching.alone(pid, max(0.0, mapper.deadline - time.monotonic())):
                     if pid in self._threads:
                         continue
                     thread = self._start()
-                    thread.call(lambda t=thread: t.await_mapper(mapper))  # type: ignore[misc]
+                    thread.call(lambda t=thread: t.commands.await_mapper(mapper))  # type: ignore[misc]
                     return True
             except Ended:
                 if thread is not None:
@@ -167,7 +168,7 @@ class PtraceEngine:
             with self._lock:
                 sharer = self._threads.get(other.pid)
             if sharer is not None:
-                sharer.call(lambda s=sharer, o=other: s.join_process(process.pid, o.pid))  # type: ignore[misc]
+                sharer.call(lambda s=sharer, o=other: s.commands.join_process(process.pid, o.pid))  # type: ignore[misc]
                 return
         # The others do not share its memory, and while they are followed their numbers are not given to some that might.
         apart = {p.id.pid: p for task, p in followed.items() if task not in unknown}
@@ -180,7 +181,7 @@ class PtraceEngine:
             if not self._attach_beside_parent(process, cause, is_apart):
                 thread = self._start()
                 seizer = thread.native_id or 0
-                thread.call(lambda: thread.attach(process.pid, cause, is_apart))
+                thread.call(lambda: thread.commands.attach(process.pid, cause, is_apart))
         except TracedBeside:
             raise
         except PermissionError as e:
@@ -201,7 +202,7 @@ class PtraceEngine:
         if thread is None:
             return False
         try:
-            thread.call(lambda: thread.attach(process.pid, cause, is_apart, parent=parent))
+            thread.call(lambda: thread.commands.attach(process.pid, cause, is_apart, parent=parent))
         except Ended:
             return False
         return True
@@ -291,10 +292,10 @@ class PtraceEngine:
 
     def _close(self, thread: TraceThread) -> None:
         with contextlib.suppress(Ended):
-            thread.call(thread.take_out)
+            thread.call(thread.commands.take_out)
         while thread.is_alive():
             with contextlib.suppress(Ended):
-                thread.call(thread.take_out)
+                thread.call(thread.commands.take_out)
             thread.join(0.05)
         thread.wait_gone()
         with self._lock:
@@ -317,7 +318,7 @@ class PtraceEngine:
         arrived = self._held[pid] = threading.Event()
         thread = self._start()
         try:
-            thread.call(lambda: thread.attach(pid, "exec", held=True))
+            thread.call(lambda: thread.commands.attach(pid, "exec", held=True))
         except PermissionError as e:
             raise PermissionDenied(f"the kernel does not let us trace our own child: {e.strerror}") from e
 
@@ -334,7 +335,7 @@ class PtraceEngine:
         if thread is None:
             raise Unsupported(f"process {pid} is not held", reason="NotHeld")
         with contextlib.suppress(Ended):
-            thread.call(lambda: thread.release(pid))
+            thread.call(lambda: thread.commands.release(pid))
 
     # --- from the tracer threads -------------------------------------------------------------------------------------
 

@@ -14,10 +14,13 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
+from trapline_agent.engines.frames import ENDED
 from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.ptrace.reaper import Reaper
+from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.kernel.procfs import Whereabouts
@@ -42,6 +45,7 @@ class Group:
         reaper: Reaper,
         serve: Callable[[int, int], object],
         adopted: Callable[[TracedProcess], None],
+        forgot: Callable[[TracedProcess, int | None], None],
         hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -49,17 +53,24 @@ class Group:
             waiter: of the tracer thread.
             reaper: of the engine.
             serve: handles (tid, wait status) of a stop that comes while settling.
-            adopted: told of each process that joined.
+            adopted: told of each process that is entered.
+            forgot: told of each process that ended (wait status) or was let go (None).
             hurried: whether there is something to do that must not wait until a process has settled that is to be let go.
         """
         self._waiter = waiter
         self._reaper = reaper
         self._serve = serve
         self._adopted = adopted
-        self._hurried = hurried
+        self._forgot = forgot
+        self.hurried = hurried
+        """See above."""
         self.processes: dict[int, TracedProcess] = {}
         self.threads: dict[int, Thread] = {}
         """By tid, of all processes."""
+        self.forgotten: deque[TracedProcess] = deque(maxlen=16)
+        """The last ones with bytes of ours that ended or were let go: a child of theirs may still have to be born."""
+        self.followed = False
+        """A process was followed once. One whose seize failed half-way never was: nothing was written to it."""
         self.is_apart: Callable[[int], bool] = lambda pid: False
         """Whether a process is known not to share memory with the one that is being attached."""
 
@@ -194,7 +205,7 @@ class Group:
             if all(t.settled for t in list(process.threads.values())):
                 return True
             now = time.monotonic()
-            if now > deadline or (not again and self._hurried()):
+            if now > deadline or (not again and self.hurried()):
                 return False
             patient = now - started < _PATIENCE_S
             os.sched_yield() if patient else time.sleep(0.0002)
@@ -248,8 +259,7 @@ class Group:
         except OSError:
             self.abandon(child)
             raise
-        self.processes[pid] = child
-        self._adopted(child)
+        self.enter(child)
 
     def sharers(self, memory: AddressSpace) -> list[TracedProcess]:
         return [p for p in self.processes.values() if p.memory is memory]
@@ -273,3 +283,28 @@ class Group:
         """Strikes off all threads of a process."""
         for tid in list(process.threads):
             self.drop(process, tid)
+
+    def enter(self, process: TracedProcess) -> None:
+        """Enters a process that is followed from now on."""
+        self.processes[process.id.pid] = process
+        self.followed = True
+        self._adopted(process)
+
+    def forget(self, process: TracedProcess, status: int | None) -> None:
+        """Strikes off a process that ended (wait status) or is let go (None); one that is not entered is fine."""
+        if self.processes.get(process.id.pid) is not process:
+            return
+        self.abandon(process)
+        self.processes.pop(process.id.pid, None)
+        if process.memory.sites or process.memory.former:
+            self.forgotten.append(process)
+        # (Of one that is let go no call is wanted any more; it has none.)
+        Returns.left(process, process.memory, ENDED)
+        self.leave(process.memory)
+        self._forgot(process, status)
+
+    def leave(self, memory: AddressSpace) -> None:
+        """A process that had this memory has it no more; others may."""
+        memory.close()
+        if rest := self.sharers(memory):
+            memory.belongs_to(*rest[0].id)

@@ -91,6 +91,16 @@ class TracedProcess:
         Any thread; asks nobody."""
         return next((tid for tid in list(self.threads) if tid != self.id.pid), self.id.pid)
 
+    def lives(self) -> bool:
+        """Whether it has not ended, as far as that is to be known now."""
+        try:
+            procfs.live_task(self.id.pid)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass  # not to be known now
+        return True
+
     def drop(self, tid: int) -> None:
         self.threads.pop(tid, None)
         self.awaited.pop(tid, None)
