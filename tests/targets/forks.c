@@ -15,6 +15,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 
 enum { BEGUN, DONE, CHILDREN, FAILED };
@@ -85,6 +86,7 @@ static void by_spawn(long n)
 
 static int clone_main(void *arg)
 {
+	prctl(PR_SET_PDEATHSIG, SIGKILL); /* it calls for long in some tests, and must not go on in the next one */
 	calls((long)arg, "clone");
 	return 0;
 }
