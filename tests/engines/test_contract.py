@@ -82,6 +82,8 @@ def test_all_threads_and_those_that_come_later(host: Host, targets: Targets) -> 
         probe = host.register(host.files.plan(program, "target_hot"), pid=child.pid)
         child.ask("start")
         child.ask("spawn 4")
+        while not child.count()["done"]:
+            pass
         child.ask("stop")
         count = child.count()
         assert probe.hits == count["done"] == count["begun"] > 0
