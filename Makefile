@@ -93,10 +93,10 @@ test: setup ## everything: check, vitest, pytest; as root installs the Debian pa
 	$(BIN)/python -m pytest $(PYTEST_ARGS) && [ -z "$$failed" ]
 
 .PHONY: torture
-torture: setup ## tests/torture at full length: storms, kills and failures by the thousand; half an hour or more, progress shown
+torture: setup ## tests/torture at full length: storms, kills and failures by the thousand; hours, progress shown
 	@sh scripts/test-deps.sh
 	@[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
-	TRAPLINE_TORTURE=long $(BIN)/python -m pytest tests/torture -v -o faulthandler_timeout=1800 $(PYTEST_ARGS)
+	TRAPLINE_TORTURE=long $(BIN)/python -m pytest tests/torture -v -o faulthandler_timeout=7200 $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: bench-engines ## measure: all of it
