@@ -20,7 +20,8 @@ class CoverageLog:
         self._entries: deque[CoverageEntry] = deque(maxlen=MAX_ENTRIES)
         self._count = 0
         """Entries so far, those that were forgotten included."""
-        self._unsent: dict[int, CoverageEntry] = {}
+        self.pending: dict[int, CoverageEntry] = {}
+        """Entries that are new or have ended since ``take``, by number."""
         self._open: dict[Key, CoverageEntry] = {}
         """Of targets that are armed now."""
 
@@ -42,13 +43,13 @@ class CoverageLog:
         )
         self._count += 1
         self._entries.append(entry)
-        self._unsent[entry.number] = entry
+        self.pending[entry.number] = entry
         if target.state == "armed":
             self._open[key] = entry
         else:
             entry.ended_ns = target.since_ns
-        while len(self._unsent) > MAX_ENTRIES:
-            del self._unsent[next(iter(self._unsent))]
+        while len(self.pending) > MAX_ENTRIES:
+            del self.pending[next(iter(self.pending))]
 
     def __contains__(self, key: Key) -> bool:
         """Whether a target is entered as armed now."""
@@ -59,13 +60,13 @@ class CoverageLog:
         entry = self._open.pop(key, None)
         if entry is not None:
             entry.ended_ns = at_ns
-            self._unsent[entry.number] = entry
+            self.pending[entry.number] = entry
 
     def tell_again(self) -> None:
         """All of it is news again: to another agent than the one that was told."""
-        self._unsent = {entry.number: entry for entry in self._entries}
+        self.pending = {entry.number: entry for entry in self._entries}
 
     def take(self) -> list[CoverageEntry]:
         """Returns the entries that are new or have ended since the last call."""
-        unsent, self._unsent = self._unsent, {}
+        unsent, self.pending = self.pending, {}
         return [copy.copy(entry) for entry in unsent.values()]

@@ -226,6 +226,7 @@ class Table:
                 f"probe {register.probe} is registered with other captures, another selector or another limit",
                 hint="take it out first",
             )
+        fresh = consumer is None
         if consumer is None:
             consumer = Consumer(register, ring(), Selector(register.where))
             self._consumers[register.probe] = consumer
@@ -235,7 +236,10 @@ class Table:
             consumer.coverage.tell_again()
         consumer.register = register
         consumer.add(register.plans, self._held)
-        self._renew()
+        if fresh:
+            self._enter(consumer)
+        else:
+            self._renew()
         return consumer
 
     def retract(self, register: Register, before: Register, plans: Mapping[tuple[FileKey, int], SitePlan]) -> None:
@@ -254,7 +258,8 @@ class Table:
     def withdraw(self, probe: str) -> Consumer | None:
         """Takes a consumer away; its sites are wanted no more. Its ``close`` is due when they are out."""
         consumer = self._consumers.pop(probe, None)
-        self._renew()
+        if consumer is not None:
+            self._strike_off(consumer)
         self.verdicts = self.verdicts.without(probe)
         self.meters.forget(probe)
         return consumer
@@ -279,6 +284,30 @@ class Table:
                 self._loaders[plan.file] = plan
         self._renew()
 
+    def _enter(self, consumer: Consumer) -> None:
+        """As ``_renew`` where a consumer has come: a thousand that come at once must not cost a million steps."""
+        by_file, by_site = dict(self._now.by_file), dict(self._now.by_site)
+        theirs: dict[FileKey, list[tuple[SitePlan, Consumer]]] = {}
+        for key, plan in consumer.plans.items():
+            theirs.setdefault(plan.file, []).append((plan, consumer))
+            by_site[key] = (*by_site.get(key, ()), (plan, consumer))
+        for file, entries in theirs.items():
+            by_file[file] = (*by_file.get(file, ()), *entries)
+        self._publish(by_file, by_site)
+
+    def _strike_off(self, consumer: Consumer) -> None:
+        """As ``_renew`` where a consumer has gone."""
+        by_file, by_site = dict(self._now.by_file), dict(self._now.by_site)
+        for key in consumer.plans:
+            by_site[key] = tuple(e for e in by_site.get(key, ()) if e[1] is not consumer)
+            if not by_site[key]:
+                del by_site[key]
+        for file in {file for file, _ in consumer.plans}:
+            by_file[file] = tuple(e for e in by_file.get(file, ()) if e[1] is not consumer)
+            if not by_file[file]:
+                del by_file[file]
+        self._publish(by_file, by_site)
+
     def _renew(self) -> None:
         by_file: dict[FileKey, list[tuple[SitePlan, Consumer]]] = {}
         by_site: dict[tuple[FileKey, int], list[tuple[SitePlan, Consumer]]] = {}
@@ -286,14 +315,17 @@ class Table:
             for key, plan in consumer.plans.items():
                 by_file.setdefault(plan.file, []).append((plan, consumer))
                 by_site.setdefault(key, []).append((plan, consumer))
+        self._publish({f: tuple(s) for f, s in by_file.items()}, {k: tuple(s) for k, s in by_site.items()})
+
+    def _publish(
+        self,
+        by_file: Mapping[FileKey, tuple[tuple[SitePlan, Consumer], ...]],
+        by_site: Mapping[tuple[FileKey, int], tuple[tuple[SitePlan, Consumer], ...]],
+    ) -> None:
         if not any(c.register.returns for c in self._consumers.values()):
             self._places.clear()
         self._now = _Snapshot(
-            tuple(self._consumers.values()),
-            {f: tuple(s) for f, s in by_file.items()},
-            {k: tuple(s) for k, s in by_site.items()},
-            dict(self._loaders),
-            dict(self._unwinders),
+            tuple(self._consumers.values()), by_file, by_site, dict(self._loaders), dict(self._unwinders)
         )
 
     # --- the breaker: control thread ---------------------------------------------------------------------------------
@@ -447,8 +479,7 @@ class Table:
     def take_log(self) -> list[tuple[str, list[CoverageEntry]]]:
         """Returns the entries of the coverage logs that are new or have ended since the last call, by probe."""
         with self._lock:
-            taken = [(consumer.probe, consumer.coverage.take()) for consumer in self._consumers.values()]
-        return [(probe, entries) for probe, entries in taken if entries]
+            return [(c.probe, c.coverage.take()) for c in self._consumers.values() if c.coverage.pending]
 
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
 
