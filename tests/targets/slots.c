@@ -5,7 +5,7 @@
  *   crowd              all threads call once, at the same moment
  *   run | rest         all threads call in a loop, or have stopped
  *   fork | vfork | clone N    a child (vfork, clone: in the same memory) calls N times; answers when it has ended
- *   signals N          N calls while a signal comes every 50 us, whose handler calls too; answers how many came
+ *   signals N          N calls while a signal comes every 500 us, whose handler calls too; answers how many came
  *   filter             a seccomp filter that allows everything
  *   dispatch           what enters the kernel above the vDSO's start gets SIGSYS instead (PR_SET_SYSCALL_USER_DISPATCH)
  *   limit | free       RLIMIT_AS is what is used now; or is as it was
@@ -233,7 +233,7 @@ int main(int argc, char **argv)
 			static char stack[1 << 16] __attribute__((aligned(16)));
 			await(clone(child, stack + sizeof stack, CLONE_VM | SIGCHLD | (*what == 'v' ? CLONE_VFORK : 0), &n));
 		} else if (sscanf(line, "signals %lu", &n) == 1) {
-			struct itimerval often = {{0, 50}, {0, 50}}, never = {{0, 0}, {0, 0}};
+			struct itimerval often = {{0, 500}, {0, 500}}, never = {{0, 0}, {0, 0}};
 			uint64_t before = signals;
 			setitimer(ITIMER_REAL, &often, NULL);
 			for (unsigned long i = 0; i < n; i++)
