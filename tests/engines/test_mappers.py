@@ -159,4 +159,4 @@ def test_a_child_that_has_ended_before_its_birth_is_told_is_nobody_s_child(host:
         child.send("fork 5")
         child.wait_for("ended")
         assert ended
-        assert thread._lifecycle._fork_parents == {}
+        assert thread._lifecycle._expected == {}

@@ -138,7 +138,6 @@ class Arming:
         elif memory.written:
             reports += self._look_again(process)
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
-        process.released = process.released and process.lingering
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
         self._observer.report(process.id, [r for r in reports if r.addr not in hooks], cause)

@@ -292,7 +292,7 @@ class PtraceEngine:
 
     def _close(self, thread: TraceThread) -> None:
         with contextlib.suppress(Ended):
-            thread.call(thread.commands.take_out)
+            thread.call(thread.commands.take_out)  # also waits for one that is only about to start
         while thread.is_alive():
             with contextlib.suppress(Ended):
                 thread.call(thread.commands.take_out)

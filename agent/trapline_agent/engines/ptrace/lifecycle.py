@@ -16,7 +16,7 @@ from trapline_agent.engines.ptrace.arming import Arming
 from trapline_agent.engines.ptrace.directory import Directory
 from trapline_agent.engines.ptrace.group import Group
 from trapline_agent.engines.ptrace.memory import AddressSpace
-from trapline_agent.engines.ptrace.resuming import GROUP_STOPS, Resumer
+from trapline_agent.engines.ptrace.resuming import Resumer
 from trapline_agent.engines.ptrace.returns import Returns
 from trapline_agent.engines.ptrace.stepping import Stepper
 from trapline_agent.engines.ptrace.tracee import Thread, TracedProcess
@@ -55,10 +55,9 @@ class Lifecycle:
         self._observer = observer
         self._engine = engine
         self._serve = serve
-        self._fork_calls: dict[int, Frames] = {}
-        """Calls that were in flight in a parent when it forked, by the id of the child."""
-        self._fork_parents: dict[int, TracedProcess] = {}
-        """By the id of a child or thread whose first stop has not come; a parent may be gone by then, its tables stay."""
+        self._expected: dict[int, tuple[TracedProcess, Frames]] = {}
+        """By the id of a child or thread whose first stop has not come: its parent, and the calls in flight there at
+        the fork. The parent may be gone by then; its tables stay."""
         self._bereft = False
         """One of our threads ended, and it may have been in a fork of which it told nothing."""
 
@@ -67,8 +66,7 @@ class Lifecycle:
         child = ptrace.event_message(thread.tid)
         # It may have been born, and have ended, before this is told: its number may be another's next.
         if child not in self._group.threads and self._is_mine(child):
-            self._fork_parents[child] = thread.process
-            self._fork_calls[child] = thread.process.memory.calls.frames.copy()
+            self._expected[child] = thread.process, thread.process.memory.calls.frames.copy()
 
     def newborn(self, tid: int, status: int) -> None:
         """The first stop of a thread or child that the kernel attached for us."""
@@ -76,62 +74,38 @@ class Lifecycle:
         pid = int(fields["Tgid"])
         process = self._group.processes.get(pid)
         if process is not None:
-            self._fork_parents.pop(tid, None)
-            self._fork_calls.pop(tid, None)
+            self._expected.pop(tid, None)
             thread = self._group.add(process, tid)
             thread.settled = True
             if process.memory.sites:
                 self._stepper.note_mask(thread)
             if status >> 16 != ptrace.PTRACE_EVENT_STOP:
                 self._serve(tid, status)  # it was known by another number before an exec: this is no birth
-            elif os.WSTOPSIG(status) in GROUP_STOPS and not process.released:
-                ptrace.listen(tid)
             else:
-                self._resumer.resume(thread)
+                self._resumer.leave_stop(thread, os.WSTOPSIG(status))
             return
-        parent = (
-            self._fork_parents.get(tid) or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
-        )
-        if parent is None or pid != tid or self._is_left_behind(parent, pid):
+        parent, calls = self._expected.get(tid, (None, None))
+        parent = parent or self._group.processes.get(int(fields["PPid"])) or self._likely_parent(pid)
+        shared = parent is not None and pid == tid and _has_memory_of(parent, pid)
+        if parent is None or pid != tid or (shared and not parent.memory.users):
             # Of a process that was let go meanwhile, or with the memory of one: nothing of ours is there, and nothing may be
             # written there, since nobody has the others that run there.
-            self._fork_parents.pop(tid, None)
-            self._fork_calls.pop(tid, None)
+            self._expected.pop(tid, None)
             ptrace.detach(tid)
             self._engine.again(pid)
             return
-        self._adopt(pid, tid, parent, status)
-        self._fork_parents.pop(tid, None)
-        self._fork_calls.pop(tid, None)
-
-    @staticmethod
-    def _is_left_behind(parent: TracedProcess, pid: int) -> bool:
-        """Whether a child has the memory of a parent that is followed no more."""
-        if parent.memory.users:
-            return False
-        try:
-            return ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
-        except OSError as e:
-            if e.errno not in ptrace.NO_KCMP:
-                raise
-            return False
-
-    def _adopt(self, pid: int, tid: int, parent: TracedProcess, status: int) -> None:
-        try:
-            shared = ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
-        except OSError as e:
-            if e.errno not in ptrace.NO_KCMP:
-                raise
-            shared = False
-        if shared and parent.memory.users > 0:
+        if shared:
             child = TracedProcess.open(pid, parent.memory)
             parent.memory.users += 1
         else:
             child = TracedProcess.open(pid)
             child.memory.inherit(parent.memory)
             # The parent may have returned from some of them since; before its event it cannot have.
-            calls = self._fork_calls.get(tid)
             child.memory.calls.frames = parent.memory.calls.frames.copy() if calls is None else calls
+        self._adopt(child, tid, parent, status)
+        self._expected.pop(tid, None)
+
+    def _adopt(self, child: TracedProcess, tid: int, parent: TracedProcess, status: int) -> None:
         thread = self._group.add(child, tid)
         self._group.enter(child)
         thread.settled = True
@@ -171,7 +145,7 @@ class Lifecycle:
             process.memory.purge_child(tid)
         log.error("process %d cannot be followed; it goes on without probes until it is found again", tid)
         ptrace.detach(tid)
-        self._fork_parents.pop(tid, None)
+        self._expected.pop(tid, None)
         self._engine.again(tid)
 
     def execed(self, tid: int) -> None:
@@ -208,8 +182,7 @@ class Lifecycle:
     def ended(self, tid: int, thread: Thread | None, status: int) -> None:
         """A thread ended, which may not be entered (None)."""
         self._group.threads.pop(tid, None)
-        self._fork_parents.pop(tid, None)
-        self._fork_calls.pop(tid, None)
+        self._expected.pop(tid, None)
         if thread is None:
             return
         process = thread.process
@@ -226,17 +199,16 @@ class Lifecycle:
         """Whether a child was forked whose first stop has not come: it may have bytes of ours."""
         if not self._group.followed:
             return False
-        for tid in list(self._fork_parents):
+        for tid in list(self._expected):
             # Its first stop may have come before its parent's event, and it may have been let go since.
             if tid in self._group.threads or not self._is_mine(tid):
-                del self._fork_parents[tid]
-        if not self._fork_parents and self._bereft:
+                del self._expected[tid]
+        if not self._expected and self._bereft:
             # A parent that is killed in its fork tells of no child.
-            for entry in os.listdir("/proc"):
-                if entry.isdigit() and int(entry) not in self._group.threads and self._is_mine(int(entry)):
-                    return True
+            if any(pid not in self._group.threads and self._is_mine(pid) for pid in procfs.pids()):
+                return True
             self._bereft = False
-        return bool(self._fork_parents)
+        return bool(self._expected)
 
     def _is_mine(self, tid: int) -> bool:
         with contextlib.suppress(OSError):
@@ -252,3 +224,13 @@ def _is_thread_of(process: TracedProcess, tid: int) -> bool:
     with contextlib.suppress(OSError):
         return ptrace.same_address_space(process.id.pid, tid)
     return False
+
+
+def _has_memory_of(parent: TracedProcess, pid: int) -> bool:
+    """Whether a child shares its parent's memory. Raises OSError where that cannot be known now."""
+    try:
+        return ptrace.same_address_space(procfs.live_task(parent.id.pid), pid)
+    except OSError as e:
+        if e.errno not in ptrace.NO_KCMP:
+            raise
+        return False
