@@ -92,8 +92,8 @@ def restore_by_name(entry: Entry, others: Claims) -> Outcome:
     try:
         if procfs.start_time(entry.pid) != entry.start_time:
             return Outcome.GONE
-        fd = os.open(f"/proc/{entry.pid}/task/{procfs.live_task(entry.pid)}/mem", os.O_RDWR | os.O_CLOEXEC)
-    except (ProcessLookupError, FileNotFoundError):
+        fd = procfs.open_memory(entry.pid)
+    except ProcessLookupError:
         return Outcome.GONE
     except OSError:
         return Outcome.FAILED
@@ -149,11 +149,10 @@ def _children(parents: Mapping[int, list[Entry]]) -> list[tuple[int, int, list[E
     if not parents:
         return []
     born: dict[int, tuple[int, int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = procfs.stat_fields(int(name))
-                born[int(name)] = int(fields[1]), int(fields[19])
+    for pid in procfs.pids():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = procfs.stat_fields(pid)
+            born[pid] = int(fields[1]), int(fields[19])
     found = []
     for pid, (above, start) in born.items():
         if pid in parents:

@@ -120,6 +120,16 @@ def live_task(pid: int) -> int:
     raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
 
 
+def open_memory(pid: int) -> int:
+    """Opens /proc/PID/mem, to be read and written: by a thread that has it still. Raises ProcessLookupError,
+    PermissionError."""
+    path = f"/proc/{pid}/task/{live_task(pid)}/mem"
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        _raise(e, path)
+
+
 def tracer(tid: int) -> int:
     """Returns the thread id of a thread's tracer, 0 where it has none. (TracerPid names the tracing thread, not its
     process: fs/proc/array.c, task_state.)"""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from trapline.errors import NotFound
 from trapline.model import Process
+from trapline_agent.kernel import procfs
 
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _CAP_SYS_PTRACE = 19
@@ -69,7 +70,7 @@ def text(raw: bytes | str) -> str:
 
 def pids() -> list[int]:
     """Returns the process ids that are there now, ascending."""
-    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+    return sorted(procfs.pids())
 
 
 def facts(pid: int) -> ProcessFacts | None:

@@ -46,7 +46,7 @@ from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
-from trapline_agent.tracer.coverage import CoverageLog
+from trapline_agent.tracer.coverage import CoverageLog, Key
 from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 from trapline_agent.tracer.meters import Meters
 from trapline_agent.tracer.outages import Outages
@@ -87,10 +87,10 @@ class Consumer:
     sinks: dict[int, Sink] = field(default_factory=dict)
     return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
     """Of a return probe, in the place of ``sinks``."""
-    targets: dict[tuple[int, int, int, int], TargetState] = field(default_factory=dict)
-    of_process: dict[tuple[int, int], set[tuple[int, int, int, int]]] = field(default_factory=dict)
+    targets: dict[Key, TargetState] = field(default_factory=dict)
+    of_process: dict[tuple[int, int], set[Key]] = field(default_factory=dict)
     """Keys of ``targets``, by process, until that ends: many may end in a second, and a probe has thousands of targets."""
-    changed: set[tuple[int, int, int, int]] = field(default_factory=set)
+    changed: set[Key] = field(default_factory=set)
     outages: Outages = field(default_factory=Outages)
     coverage: CoverageLog = field(default_factory=CoverageLog)
     source: str = field(default_factory=lambda: new_id("trc"))
@@ -137,6 +137,13 @@ class Consumer:
                 return
         if fd >= 0:
             os.close(fd)
+
+    def end(self, key: Key, target: TargetState) -> None:
+        """One of its targets is gone. The caller has the table's lock."""
+        target.state = "gone"
+        self.outages.end(key, time.monotonic_ns())
+        self.coverage.end(key, time.time_ns())
+        self.changed.add(key)
 
     def close(self) -> None:
         with self._holding:
@@ -282,7 +289,7 @@ class Table:
                 self._unwinders[plan.file] = {**self._unwinders.get(plan.file, {}), plan.offset: plan}
             else:
                 self._loaders[plan.file] = plan
-        self._renew()
+        self._publish(self._now.by_file, self._now.by_site)
 
     def _enter(self, consumer: Consumer) -> None:
         """As ``_renew`` where a consumer has come: a thousand that come at once must not cost a million steps."""
@@ -344,10 +351,10 @@ class Table:
         now_ns = time.monotonic_ns()
         with self._lock:
             for point in points:
-                for plan, consumer in self._now.by_file.get(point.file, ()):
+                for plan, consumer in self._now.by_site.get((point.file, point.offset), ()):
                     key = (*point.process, plan.site, point.addr)
                     target = consumer.targets.get(key)
-                    if plan.offset != point.offset or target is None or target.state not in ("armed", *_HELD):
+                    if target is None or target.state not in ("armed", *_HELD):
                         continue
                     self._settle(consumer, key, target, self.verdicts.of(point, consumer.probe), judged_ns, now_ns)
         self._on_change()
@@ -355,7 +362,7 @@ class Table:
     @staticmethod
     def _settle(
         consumer: Consumer,
-        key: tuple[int, int, int, int],
+        key: Key,
         target: TargetState,
         verdict: Verdict | None,
         judged_ns: int,
@@ -587,10 +594,7 @@ class Table:
                     if key[:2] != identity or target is None or target.state not in _HELD:
                         continue
                     if (consumer, addr) not in left_out and consumer not in interested.get(addr, ()):
-                        target.state = "gone"
-                        consumer.outages.end(key, now_ns)
-                        consumer.changed.add(key)
-                        consumer.coverage.end(key, time.time_ns())
+                        consumer.end(key, target)
         self._on_change()
 
     def is_meant(self, pid: int, file: FileKey) -> bool:
@@ -699,7 +703,7 @@ class Table:
 
     def missed(self, pid: int, file: FileKey, cause: str) -> None:
         now = time.time_ns()
-        cause, _, hook = cause.partition(":")
+        cause, hook = _cause_and_hook(cause)
         facts = self._proc.facts(pid)
         parents = self._parents(ProcessId(pid, facts.start_time)) if facts is not None else {}
         with self._lock:
@@ -741,21 +745,17 @@ class Table:
 
     def _gone(self, identity: tuple[int, int]) -> None:
         self.meters.end(ProcessId(*identity))
-        now, now_ns = time.time_ns(), time.monotonic_ns()
         with self._lock:
             self._ancestors.pop(ProcessId(*identity), None)
             for consumer in self._now.consumers:  # the dictionary is the control thread's
                 for key in consumer.of_process.pop(identity, ()):
                     state = consumer.targets.get(key)
                     if state is not None and state.state != "gone":
-                        state.state = "gone"
-                        consumer.outages.end(key, now_ns)
-                        consumer.changed.add(key)
-                        consumer.coverage.end(key, now)
+                        consumer.end(key, state)
         self._on_change()
 
 
-def _tell_outages(consumer: Consumer, key: tuple[int, int, int, int], target: TargetState, now_ns: int) -> None:
+def _tell_outages(consumer: Consumer, key: Key, target: TargetState, now_ns: int) -> None:
     target.covered = round(consumer.outages.covered(key, now_ns), 3)
     target.uncovered_ms = consumer.outages.uncovered_ns(key, now_ns) // 1_000_000
     consumer.changed.add(key)
@@ -829,7 +829,7 @@ def _opened(file: FileKey, opener: Callable[[], int]) -> int:
     return -1
 
 
-def _forget_oldest(targets: dict[tuple[int, int, int, int], TargetState]) -> None:
+def _forget_oldest(targets: dict[Key, TargetState]) -> None:
     gone = [k for k, t in targets.items() if t.state == "gone"]
     for key in gone[: max(0, len(gone) - _MAX_GONE)]:
         del targets[key]

@@ -37,8 +37,6 @@ mapped. (int3 would look like a breakpoint; zeros are instructions that write.)"
 _PAGE = 4096
 _TRIES = 3
 """How often memory is asked again that does not answer: a page may have to come from swap first, and memory be short."""
-
-
 SWEEP_FROM = 4096
 """Calls in flight from which on it is looked for abandoned ones."""
 _MAX_REFUSED = 4096
@@ -102,7 +100,7 @@ class AddressSpace:
 
     def __init__(self, pid: int) -> None:
         """Opens the memory of a process. Raises ProcessLookupError, PermissionError."""
-        self.fd = _open(pid)
+        self.fd = procfs.open_memory(pid)
         self.sites: dict[int, Site] = {}
         self.former: dict[int, Site] = {}
         """Sites that were taken out; a thread may have hit one just before, and a child forked then may have its byte."""
@@ -125,7 +123,7 @@ class AddressSpace:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
         if self.fd < 0:
             raise ProcessLookupError(errno.ESRCH, "the last process of this memory is gone", str(pid))
-        fresh = _open(pid)
+        fresh = procfs.open_memory(pid)
         os.close(self.fd)
         self.fd = fresh
         if self.records is not None:
@@ -471,10 +469,3 @@ class AddressSpace:
             if self.has(addr, slot.code):
                 self.put(addr, self._blank(addr, len(slot.code)))
         self.slots.clear()
-
-
-def _open(pid: int) -> int:
-    try:
-        return os.open(f"/proc/{pid}/task/{procfs.live_task(pid)}/mem", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as e:
-        raise ProcessLookupError(e.errno, "no such process", str(pid)) from e
