@@ -4,16 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engines.host import Host
+from tests.engines.host import ENGINES, Host, host_over
 from tests.support import needs
 from tests.support.targets import Targets
 from tests.support.world import SimulatedTargets
 from trapline_agent.engines.fake import FakeEngine
-from trapline_agent.engines.ptrace.engine import PtraceEngine
-from trapline_agent.engines.ptrace.memory import AddressSpace
 
-ENGINES = {"ptrace": PtraceEngine, "mapped-slots": PtraceEngine, "fake": FakeEngine}
-"""``mapped-slots``: as if no file had room behind its code."""
 _REAL = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
 
@@ -31,13 +27,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    if request.param == "mapped-slots":
-        monkeypatch.setattr(AddressSpace, "uses_slack", False)
-    host = Host(ENGINES[request.param])
-    try:
+    with host_over(request.param, monkeypatch) as host:
         yield host
-    finally:
-        host.close()
 
 
 @pytest.fixture

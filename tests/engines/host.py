@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from msgspec import structs
 
 from tests.support.world import SimulatedFiles
@@ -20,6 +21,7 @@ from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
 from trapline_agent.engines.journal import Journal, boot_id, parse, pid_namespace
 from trapline_agent.engines.ptrace.engine import PtraceEngine
+from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
@@ -171,6 +173,26 @@ class Host:
             entries = [e for _, e in parse(data, boot_id(), pid_namespace()).entries]
             left = [e for e, outcome in restore_all(entries, kin_of=entries) if outcome is Outcome.RESTORED]
             assert not left, f"all was taken out, but for {left}"
+
+
+ENGINES: dict[str, type[PtraceEngine] | type[FakeEngine]] = {
+    "ptrace": PtraceEngine,
+    "mapped-slots": PtraceEngine,
+    "fake": FakeEngine,
+}
+"""``mapped-slots``: as if no file had room behind its code."""
+
+
+@contextlib.contextmanager
+def host_over(engine: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """A host over one of ``ENGINES``, which is closed in the end."""
+    if engine == "mapped-slots":
+        monkeypatch.setattr(AddressSpace, "uses_slack", False)
+    host = Host(ENGINES[engine])
+    try:
+        yield host
+    finally:
+        host.close()
 
 
 class Probe:

@@ -1,6 +1,6 @@
 """What every engine must do, whatever it is made of: the rules of docs/architecture/semantics.md, each named in its tests.
 
-It runs unchanged over every engine of conftest.ENGINES, and speaks to targets only by commands and answers, so that they may
+It runs unchanged over every engine of host.ENGINES, and speaks to targets only by commands and answers, so that they may
 be real programs or their likenesses. What is marked ``traps`` is for engines that say so of themselves (``Capabilities``).
 The oracle is always the target's own counter.
 """

@@ -6,14 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engines.host import Host
+from tests.engines.host import Host, host_over
 from tests.support.children import ChildDied
 from tests.torture.scale import Torture
-from trapline_agent.engines.ptrace.engine import PtraceEngine
-from trapline_agent.engines.ptrace.memory import AddressSpace
 
-ENGINES = {"ptrace": PtraceEngine, "mapped-slots": PtraceEngine}
-"""``mapped-slots``: as if no file had room behind its code."""
 _ROWS = pytest.StashKey[list[str]]()
 _TORTURE = pytest.StashKey[Torture]()
 
@@ -22,18 +18,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every engine is tortured; what is marked ``slack`` where files have room behind their code."""
     if "host" in metafunc.fixturenames:
         only_slack = metafunc.definition.get_closest_marker("slack") is not None
-        metafunc.parametrize("host", ["ptrace"] if only_slack else list(ENGINES), indirect=True)
+        metafunc.parametrize("host", ["ptrace"] if only_slack else ["ptrace", "mapped-slots"], indirect=True)
 
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    if request.param == "mapped-slots":
-        monkeypatch.setattr(AddressSpace, "uses_slack", False)
-    host = Host(ENGINES[request.param])
-    try:
+    with host_over(request.param, monkeypatch) as host:
         yield host
-    finally:
-        host.close()
 
 
 @pytest.fixture

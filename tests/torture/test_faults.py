@@ -9,7 +9,8 @@ import errno
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -327,20 +328,33 @@ def test_r4_a_target_is_killed_at_every_call_of_a_hit(
         with faults.on() as calls:
             other.ask("call 2")
         chosen = worth_failing(calls, 12)
-        for i in torture.cycles(len(chosen), len(chosen)):
-            victim = Child([program, "1"])
-            try:
-                host.reconcile(victim.pid)
-                with faults.before(chosen[i], killing(victim)):
-                    victim.send("call 2")
-                    victim.lines.next()
-                while any(p.pid == victim.pid for p in host.engine.processes()) and faults.made(chosen[i]):
-                    pass  # its end is served after the hit that it was killed in
-                before = probe.hits
-                other.ask("call 5")
-                assert probe.hits - before == 5, chosen[i]
-            finally:
-                victim.kill()
+        killed_at_every_call_of_a_hit(host, faults, torture, chosen, [program, "1"], other, probe)
+
+
+def killed_at_every_call_of_a_hit(
+    host: Host,
+    faults: Faults,
+    torture: Torture,
+    calls: Sequence[Call],
+    argv: Sequence[str | Path],
+    other: Child,
+    probe: Probe,
+) -> None:
+    """Kills a victim before each of these calls, which its hit makes; another process with the probe is counted still."""
+    for i in torture.cycles(len(calls), len(calls)):
+        victim = Child(argv)
+        try:
+            host.reconcile(victim.pid)
+            with faults.before(calls[i], killing(victim)):
+                victim.send("call 2")
+                victim.lines.next()
+            while any(p.pid == victim.pid for p in host.engine.processes()) and faults.made(calls[i]):
+                pass  # its end is served after the hit that it was killed in
+            before = probe.hits
+            other.ask("call 5")
+            assert probe.hits - before == 5, calls[i]
+        finally:
+            victim.kill()
 
 
 def killing(child: Child) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from tests.support.children import Child
 from tests.support.targets import Targets
 from tests.torture.faults import Call, Faults, worth_failing
 from tests.torture.scale import Torture
-from tests.torture.test_faults import clean, every
+from tests.torture.test_faults import clean, every, killed_at_every_call_of_a_hit
 from trapline_agent.plans import SitePlan
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64, pytest.mark.slack]
@@ -137,18 +137,5 @@ def test_a_target_is_killed_at_every_call_of_a_first_hit(
     calls = first_hit(host, faults, program, plan)
     with Child([program]) as other:
         probe = host.register(plan)
-        for i in torture.cycles(len(calls), len(calls)):
-            victim = Child([program])
-            try:
-                host.reconcile(victim.pid)
-                with faults.before(calls[i], lambda pid=victim.pid: os.kill(pid, signal.SIGKILL)):  # type: ignore[misc]
-                    victim.send("call 2")
-                    victim.lines.next()
-                while any(p.pid == victim.pid for p in host.engine.processes()) and faults.made(calls[i]):
-                    pass  # its end is served after the hit that it was killed in
-                before = probe.hits
-                other.ask("call 5")
-                assert probe.hits - before == 5, calls[i]
-            finally:
-                victim.kill()
+        killed_at_every_call_of_a_hit(host, faults, torture, calls, [program], other, probe)
         assert other.count()["wrong"] == 0
