@@ -210,6 +210,7 @@ class Arming:
         """For a process whose only thread is stopped: what is left of ours can go at once."""
         if process.lingering and process.memory.users == 1:
             process.memory.wipe_slots()
+            process.memory.written.clear()
             process.released = True
 
     def release_idle(self) -> None:
@@ -224,6 +225,7 @@ class Arming:
             now = self._group.sharers(memory)
             if settled and process.lingering and process in now and not memory.sites and set(now) <= set(sharers):
                 memory.wipe_slots()
+                self.look_again(process)
                 for p in now:
                     p.lingering = p.released = True
             elif not settled and not self._group.hurried():

@@ -40,6 +40,8 @@ _TRIES = 3
 SWEEP_FROM = 4096
 """Calls in flight from which on it is looked for abandoned ones."""
 _MAX_REFUSED = 4096
+_MAX_FORMER = 65_536
+"""A library that comes and goes is at another address each time; who hit the oldest of them has been served long ago."""
 
 
 @dataclass(eq=False)
@@ -247,7 +249,10 @@ class AddressSpace:
             self.slots.pop(site.slot, None)
         del self.sites[site.addr]
         self._forget(site)
+        self.former.pop(site.addr, None)
         self.former[site.addr] = site
+        if len(self.former) > _MAX_FORMER:
+            del self.former[next(iter(self.former))]
         return True
 
     def undo_strays(self, still_mapped: Callable[[int, SitePlan], bool], pid: int) -> list[Site]:
@@ -464,7 +469,8 @@ class AddressSpace:
 
         Slot pages stay: unmapping them would take another stop at a breakpoint, and they serve again.
         """
-        for addr, (_, slot) in self.slots.items():
-            if self.has(addr, slot.code):
-                self.put(addr, self._blank(addr, len(slot.code)))
+        for addr, (site, slot) in self.slots.items():
+            blank = self._blank(addr, len(slot.code))
+            if self.has(addr, slot.code) and self.put(addr, blank) and not self._is_paged(addr):
+                self.written.append((addr, blank, site))
         self.slots.clear()
