@@ -167,6 +167,9 @@ class MapperHook:
         path = os.readlink(f"/proc/self/fd/{fd}")
         if file in own:
             return "Trapline itself has it mapped"
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(fd), os.stat(sys.executable)):
+                return "Trapline itself is started from it"  # the interpreter, upgraded since this one began
         if file in loaders or _SHARED.match(os.path.basename(path)):
             return "nearly every process of the host maps it"
         if os.fstat(fd).st_ino != file.inode:
