@@ -404,6 +404,19 @@ def test_s5_processes_that_are_not_meant_are_neither_held_nor_touched(
 
 
 @needs.fanotify
+def test_an_interpreter_that_was_upgraded_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is started next by Trapline maps the new one, and is not to wait for Trapline."""
+    upgraded = tmp_path / "python3"
+    shutil.copy(sys.executable, upgraded)
+    monkeypatch.setattr(sys, "executable", str(upgraded))
+    hook = MapperHook(is_meant=lambda pid, file: True, hold=lambda mapper: True, on_late=print, on_lost=lambda: None)
+    with open(upgraded, "rb") as file:
+        hook.sync({file_key_of(file.fileno(), str(upgraded)): file.fileno()}, {})
+    assert list(hook.refused.values()) == ["Trapline itself is started from it"]
+    hook.close()
+
+
+@needs.fanotify
 def test_files_that_nearly_everybody_maps_are_never_held(targets: Targets) -> None:
     hook = MapperHook(is_meant=lambda pid, file: True, hold=lambda mapper: True, on_late=print, on_lost=lambda: None)
     libc = next(Path(m.path) for m in executable_mappings(os.getpid()) if "libc" in m.path)
