@@ -201,9 +201,9 @@ class Group:
                     thread.settled = True
                 elif not thread.interrupted:
                     # A fork that is interrupted begins again by itself (kernel/fork.c: ERESTARTNOINTR).
-                    thread.interrupted = True
                     with contextlib.suppress(ProcessLookupError):
                         ptrace.interrupt(thread.tid)
+                    thread.interrupted = True
             while (change := self._waiter.wait(block=False))[0] > 0:
                 self._serve(*change)
             if all(t.settled for t in list(process.threads.values())):
@@ -225,9 +225,9 @@ class Group:
         pending = [thread for process in self.sharers(memory) for thread in process.threads.values()]
         for thread in pending:
             if not self._stands(thread):
-                thread.interrupted = True
                 with contextlib.suppress(OSError):
                     ptrace.interrupt(thread.tid)
+                    thread.interrupted = True
         while pending := [thread for thread in pending if not self._stands(thread)]:
             if time.monotonic() > deadline:
                 return False
