@@ -369,6 +369,13 @@ def _wait_until_stopped(child: Child, states: str) -> None:
         assert time.monotonic() < deadline, now
 
 
+def _wait_until_ended(tid: int) -> None:
+    """Waits until a thread is a zombie: who joins it hears of its end before."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while _state(tid) != "Z":
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_stopped_processes_are_armed_and_left_stopped(host: Host, targets: Targets, running: bool) -> None:
     """Running ones are caught anywhere: in a slot, and on a breakpoint whose SIGTRAP comes behind the stop."""
@@ -410,7 +417,7 @@ def test_a_leader_that_ends_while_it_is_followed(host: Host, targets: Targets) -
         probe = host.register(host.files.plan(program, "target_odd"), pid=child.pid)
         child.ask("call 5")
         child.ask("leave")
-        assert _state(child.pid) == "Z"
+        _wait_until_ended(child.pid)
         child.ask("call 5")
         host.reconcile(child.pid)
         child.ask("call 5")

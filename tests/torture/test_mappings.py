@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 
 from tests.engines.host import Host, altered_bytes, mapped_files
 from tests.support import needs
-from tests.support.children import Child
+from tests.support.children import TIMEOUT_S, Child
 from tests.support.targets import Targets
 from tests.torture.faults import Call, Faults
 from trapline_agent.arch.x86_64.stepping import plan_step
+from trapline_agent.kernel import procfs
 from trapline_agent.plans import SitePlan
+from trapline_agent.targets import maps
 
 pytestmark = [needs.gcc, needs.binutils, needs.ptrace_any, needs.x86_64]
 
@@ -128,6 +131,33 @@ def test_r18_no_byte_is_left_in_an_address_that_is_used_again(
         child.ask("map")
         child.ask("call 3")
         assert child.count()["wrong"] == 0
+
+
+def test_r18_a_place_that_is_mapped_anew_while_a_byte_is_taken_back(
+    host: Host, targets: Targets, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there a moment ago would be written into the midst of code."""
+    content_at = maps.content_at
+
+    def then_mapped_anew(*args: int) -> bytes | None:
+        content = content_at(*args)
+        child.send("map")
+        deadline = time.monotonic() + TIMEOUT_S
+        while procfs.stat_fields(child.pid)[0] != b"t" and str(targets.library()) not in map(
+            str, mapped_files(child.pid)
+        ):
+            assert time.monotonic() < deadline
+        return content
+
+    with remapping(host, targets) as (child, plan):
+        child.ask("map")
+        monkeypatch.setattr(maps, "content_at", then_mapped_anew)
+        with during(faults, lambda: child.ask("zeros")):
+            host.register(plan, pid=child.pid)
+        child.wait_for("mapped")
+        child.ask("call 3")
+        assert child.count()["wrong"] == 0
+        assert altered_bytes(child.pid, [targets.library()]) == {}
 
 
 def slot_bytes(host: Host, child: Child, plan: SitePlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -112,22 +113,38 @@ def has_memory(pid: int) -> bool:
 
 def live_task(pid: int) -> int:
     """Returns a thread of a process that has not ended: its leader, or another. Raises ProcessLookupError."""
-    if not has_ended(pid, pid):
-        return pid
-    for tid in tasks(pid):
-        if not has_ended(pid, tid):
-            return tid
+    for _ in range(_TRIES):
+        if not has_ended(pid, pid):
+            return pid
+        for tid in tasks(pid):
+            if not has_ended(pid, tid):
+                return tid
+        # One that was listed may have got the leader's number since, by execve.
     raise ProcessLookupError(errno.ESRCH, "no such process", str(pid))
+
+
+def image(pid: int) -> tuple[int, int]:
+    """Returns what tells a process' image from the one before: where its code and its stack begin (proc_pid_stat(5), fields
+    26 and 28). 0 while execve is about to set it up (fs/binfmt_elf.c, load_elf_binary), and where there is no memory."""
+    fields = stat_fields(pid, live_task(pid))
+    return int(fields[23]), int(fields[25])
 
 
 def open_memory(pid: int) -> int:
     """Opens /proc/PID/mem, to be read and written: by a thread that has it still. Raises ProcessLookupError,
     PermissionError."""
-    path = f"/proc/{pid}/task/{live_task(pid)}/mem"
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as e:
-        _raise(e, path)
+
+    def opened() -> int:
+        path = f"/proc/{pid}/task/{live_task(pid)}/mem"
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            _raise(e, path)
+
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(ProcessLookupError):  # it may have got the leader's number meanwhile
+            return opened()
+    return opened()
 
 
 def tracer(tid: int) -> int:

@@ -135,8 +135,7 @@ class Arming:
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
         if cause in _STANDING:
             memory.written.clear()
-        elif memory.written:
-            reports += self._look_again(process)
+        reports += [SiteReport(s.addr, s.plan, "gone") for s in self.look_again(process)]
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.hooked = any(s.is_hook for s in memory.sites.values())
         hooks = {r.addr for r in wanted.sites if r.is_hook}
@@ -156,15 +155,28 @@ class Arming:
         self._group.soil(process.memory)
         return site
 
-    def _look_again(self, process: TracedProcess) -> list[SiteReport]:
+    def look_again(self, process: TracedProcess) -> list[Site]:
+        """Takes back what was written where something else was mapped by then: munmap and mremap tell nobody, and may have
+        come between the look and the write (semantics R18). Returns the sites that are no more."""
+        memory = process.memory
+        if not memory.written or self._all_mapped(process):
+            memory.written.clear()
+            return []
+        # The place may be mapped anew at any moment, and what is put there now would be in the midst of that.
+        if not self._group.stand_still(memory):
+            log.warning("process %d did not stop for what is to be taken back in it", process.id.pid)
         try:
             now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
         except OSError:
             return []  # it is gone, or cannot be looked at
-        gone = process.memory.undo_strays(
-            lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid
-        )
-        return [SiteReport(s.addr, s.plan, "gone") for s in gone]
+        return memory.undo_strays(lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid)
+
+    def _all_mapped(self, process: TracedProcess) -> bool:
+        try:
+            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
+        except OSError:
+            return False
+        return all(maps.is_mapped(now, s.plan.file, s.plan.offset, s.addr) for _, _, s in process.memory.written)
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
         """Says why a process may have no breakpoint at all: what it does about SIGTRAP could not be kept (semantics H5).

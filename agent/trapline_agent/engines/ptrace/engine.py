@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 CLOSE_PATIENCE_S = 30.0
 _PATIENCE_S = 2.0
 _PAUSE_S = 0.001
+_ENDS = 5
+"""How often a process is taken to be there still that was said to have ended."""
 _HOLD_TIMEOUT_S = 10.0
 _MAX_COMMS = 8192
 """Names of processes that are remembered, of ended ones too: hits are drained later than they are made."""
@@ -80,6 +82,7 @@ class PtraceEngine:
     def reconcile(self, process: ProcessId, cause: str) -> None:
         """See ``Engine``. Refusals by the kernel are reported for each wanted site."""
         patience = time.monotonic() + _PATIENCE_S
+        ends = 0
         while True:
             with self._lock:
                 thread = self._threads.get(process.pid)
@@ -89,7 +92,11 @@ class PtraceEngine:
                         return
                     self._unmap(process.pid, thread)
                     continue
+                image = procfs.tried(lambda: procfs.image(process.pid))
                 wanted = procfs.tried(lambda: self.observer.wanted(process, cause))
+                if not wanted.sites and _is_new(process.pid, image) and time.monotonic() < patience:
+                    time.sleep(_PAUSE_S)
+                    continue
                 if not wanted.keep and all(r.refusal for r in wanted.sites if not r.is_hook):
                     # Also where nothing is wanted at all. What will be refused needs no attaching.
                     self._refuse_each(process, wanted, cause)
@@ -107,7 +114,11 @@ class PtraceEngine:
                 if thread is not None:
                     self._unmap(process.pid, thread)
             except ProcessLookupError:
-                return
+                # In the midst of an execve it may only look like that: a thread takes another's number.
+                ends += 1
+                if ends > _ENDS or not _is_there(process):
+                    return
+                time.sleep(_PAUSE_S)
             except TracedBeside as e:
                 # A thread or child that was born as its parent was let go is not entered there: it goes at its first stop.
                 if time.monotonic() > patience:
@@ -373,6 +384,20 @@ class PtraceEngine:
                 self._threads.pop(process.id.pid, None)
         self._held.pop(process.id.pid, None)
         self.observer.exited(process.id, status)
+
+
+def _is_new(pid: int, image: tuple[int, int]) -> bool:
+    """Whether a process took on another image since, or is about to: what was mapped tells nothing then."""
+    now = procfs.tried(lambda: procfs.image(pid))
+    return now != image or (not now[0] and procfs.tried(lambda: procfs.has_memory(pid)))
+
+
+def _is_there(process: ProcessId) -> bool:
+    try:
+        procfs.live_task(process.pid)
+        return procfs.start_time(process.pid) == process.start_time
+    except OSError:
+        return False
 
 
 def _why_not(pid: int, error: OSError, seizer: int) -> tuple[str, str]:

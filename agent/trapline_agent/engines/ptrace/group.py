@@ -28,6 +28,10 @@ from trapline_agent.kernel.procfs import Whereabouts
 SETTLE_S = 2.0
 """How long a process may take to settle."""
 _SETTLE_THREAD_S = 0.02
+_STAND_STILL_S = 0.05
+"""How long it is waited for threads that do not stop: in the kernel, for a disk for example."""
+_STANDING = (b"t", b"T", b"Z", b"X")
+"""proc_pid_stat(5), field 3."""
 _PATIENCE_S = 0.002
 """How long a running thread is only looked at before it is interrupted: most block in between, and then need not be."""
 
@@ -209,6 +213,38 @@ class Group:
                 return False
             patient = now - started < _PATIENCE_S
             os.sched_yield() if patient else time.sleep(0.0002)
+
+    def stand_still(self, memory: AddressSpace) -> bool:
+        """Has nobody run in a memory until the stops are served that this makes: what is mapped stays so, to the end of what
+        the tracer thread does at the moment.
+
+        Returns:
+            Whether that was so within ``_STAND_STILL_S``.
+        """
+        deadline = time.monotonic() + _STAND_STILL_S
+        pending = [thread for process in self.sharers(memory) for thread in process.threads.values()]
+        for thread in pending:
+            if not self._stands(thread):
+                thread.interrupted = True
+                with contextlib.suppress(OSError):
+                    ptrace.interrupt(thread.tid)
+        while pending := [thread for thread in pending if not self._stands(thread)]:
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        return True
+
+    def _stands(self, thread: Thread) -> bool:
+        """Whether a thread runs nothing of its program before we let it: in a ptrace-stop, a group-stop (it stops once
+        more as it leaves that), its end; or waiting in a vfork for one that does."""
+        pid = thread.process.id.pid
+        try:
+            state = procfs.stat_fields(pid, thread.tid)[0]
+            return state in _STANDING or (state == b"D" and self._is_followed_vfork(thread.process, thread))
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False  # not to be known now
 
     def _has_ended(self, thread: Thread) -> bool:
         with contextlib.suppress(OSError):

@@ -70,7 +70,7 @@ class Hits:
         self._observer = observer
         self._again = again
         self._serve = serve
-        self._returns = Returns(observer, arming.arm)
+        self._returns = Returns(observer, arming.arm, arming.look_again)
         self._cpus = os.sched_getaffinity(0)
         self._cpu = -1
 

@@ -251,11 +251,10 @@ class AddressSpace:
         return True
 
     def undo_strays(self, still_mapped: Callable[[int, SitePlan], bool], pid: int) -> list[Site]:
-        """Looks again after writing: munmap and mremap tell nobody, and may have come between the look and the write
-        (semantics R18). What met another mapping is replaced by what that has there.
+        """Replaces what was written and met another mapping by what that has there: its file's bytes, or zeros in anonymous
+        memory. What a program itself may have put there in the microsecond before our write cannot be known.
 
-        That is its file's bytes, or zeros in anonymous memory: what a program itself may have put there in the microsecond
-        before our write cannot be known.
+        Nobody may run in this memory meanwhile.
 
         Args:
             still_mapped: by the mappings as they are now.

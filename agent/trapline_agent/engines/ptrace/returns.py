@@ -32,10 +32,17 @@ _UNMAPPED = frozenset((errno.EIO, errno.EFAULT))
 class Returns:
     """See the module."""
 
-    def __init__(self, observer: Observer, arm: Callable[[TracedProcess, SiteRequest], Site]) -> None:
-        """``arm`` arms a site in a process, as ``AddressSpace.arm``."""
+    def __init__(
+        self,
+        observer: Observer,
+        arm: Callable[[TracedProcess, SiteRequest], Site],
+        look_again: Callable[[TracedProcess], Collection[Site]],
+    ) -> None:
+        """``arm`` arms a site in a process, as ``AddressSpace.arm``, and ``look_again`` takes back what was written where
+        something else was mapped by then; it returns such sites."""
         self._observer = observer
         self._arm_site = arm
+        self._look_again = look_again
 
     # --- traps -------------------------------------------------------------------------------------------------------
 
@@ -131,15 +138,9 @@ class Returns:
         former, memory.written = memory.written, []
         try:
             point = self._arm_site(process, replace(request, sinks=(), returns=(), tally=site.tally))
-            # munmap and mremap tell nobody: it is looked at again after the write (semantics R18).
-            there = False
-            with contextlib.suppress(TraplineError, OSError):
-                now = self._observer.place(process.id, back).plan
-                there = (now.file, now.offset) == (point.plan.file, point.plan.offset)
-            memory.undo_strays(lambda addr, plan: there, process.id.pid)
+            return None if point in self._look_again(process) else point
         finally:
             memory.written = former + memory.written
-        return point if there else None
 
     # --- what is wanted, and who is there ----------------------------------------------------------------------------
 
