@@ -188,6 +188,20 @@ def test_probes_come_and_go_while_a_program_execs(host: Host, targets: Targets, 
         as_it_was(host, child)
 
 
+def test_a_program_that_execs_from_its_threads_is_there_all_the_time(targets: Targets) -> None:
+    """The leader ends first, and then another thread has its number: /proc is asked about one after the other."""
+    with targets.run("execs") as child, shared_counters(child) as (_, _, images):
+        execs = size(200, 1000)
+        child.send(f"storm-thread {execs}")
+        ended = 0
+        while images() <= execs:
+            try:
+                assert procfs.live_task(child.pid)
+            except ProcessLookupError:
+                ended += 1
+        assert ended == 0
+
+
 def test_probes_come_and_go_while_a_library_does(host: Host, targets: Targets, torture: Torture) -> None:
     library = targets.library()
     plan = host.files.plan(library, "dlfn")
