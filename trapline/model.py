@@ -284,6 +284,13 @@ class ResolvedSite(Model):
     build_id: str = ""
     symbol: str = ""
     symbol_offset: int = 0
+    demangled: str = ""
+    """The symbol as the source language writes it (C++, Rust); empty where that is the same."""
+    aliases: list[str] = Field(default_factory=list)
+    """Other symbols of the same place: aliases, and functions that were folded together; a probe hits for all of them."""
+    file: str = ""
+    """Source file, where a line was asked for."""
+    line: int = 0
     offset: int
     instruction: str = ""
     step: str = ""
@@ -384,6 +391,8 @@ class Module(Model):
 
 class Symbol(Model):
     name: str
+    demangled: str = ""
+    """As the source language writes it (C++, Rust); empty where that is the same."""
     module: str
     build_id: str = ""
     offset: int

@@ -6,6 +6,7 @@ worker thread. Several may run at once.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -33,7 +34,7 @@ from trapline_agent.capture.program import lower
 from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
-from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
+from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex
 from trapline_agent.targets.process import (
     ProcessFacts,
     facts,
@@ -344,9 +345,9 @@ class Resolver:
             except TraplineError as e:
                 error = error or e
                 continue
-            matches = index.search(q)
-            total += len(matches)
-            best += (((m.rank, m.length, m.name), _symbol(m.symbol, file, index)) for m in matches[:limit])
+            count, matches = index.search(q, limit)
+            total += count
+            best += (((m.rank, m.length, m.name), _symbol(m, file, index)) for m in matches)
         if error is not None and len(files) == 1:
             raise error
         best.sort(key=lambda scored: scored[0])
@@ -423,7 +424,7 @@ def _places(spec: ProbeSpec, index: SymbolIndex, module: str) -> Iterator[_Place
         yield _Place(point.offset, symbol if inside else None)
         return
     if point.kind is PointKind.GLOB:
-        found = index.glob(point.value)
+        found = list(itertools.islice(index.glob(point.value), MAX_SITES + 1))
         if not found:
             raise NotFound(f"no symbol in {module} matches `{point.value}`")
     else:
@@ -555,8 +556,10 @@ def _target(host: str, process: ProcessFacts, label: str, site: SitePlan, refuse
     )
 
 
-def _symbol(symbol: SymbolAt, file: FoundFile, index: SymbolIndex) -> Symbol:
+def _symbol(match: Match, file: FoundFile, index: SymbolIndex) -> Symbol:
+    symbol = match.symbol
     return Symbol(
+        demangled=match.demangled,
         name=symbol.name if symbol.default else f"{symbol.name}@{symbol.version}",
         module=text(file.path),
         build_id=index.build_id,
