@@ -291,6 +291,8 @@ class ResolvedSite(Model):
     file: str = ""
     """Source file, where a line was asked for."""
     line: int = 0
+    arguments: str = ""
+    """Of a USDT probe: its arguments as the file describes them, ``8@%rdi -4@-20(%rbp)``."""
     offset: int
     instruction: str = ""
     step: str = ""

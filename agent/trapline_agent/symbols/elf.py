@@ -383,7 +383,7 @@ class ElfFile:
         undefined &= np.isin(table["info"] & 15, (NOTYPE, FUNC))
         return self._names(table["name"][undefined], strings)
 
-    def _symbol_rows(self, kind: int) -> tuple[Table, Table] | None:
+    def _symbol_rows(self, kind: int) -> tuple[Table, bytes] | None:
         """Returns the first symbol table of a section type, and its strings' bytes."""
         found = self._sections[self._sections["type"] == kind]
         if not len(found):
@@ -394,7 +394,7 @@ class ElfFile:
         if link >= len(self._sections):
             raise self._malformed("its symbol table has no names")
         names = self._sections[link]
-        return table, self._table(int(names["offset"]), int(names["size"]), np.dtype("u1"), "symbol names")
+        return table, self._read(int(names["offset"]), int(names["size"]), "symbol names")
 
     def _symbols(
         self, kind: int, numbers: Callable[[int], npt.NDArray[np.uint16] | None], segments: Sequence[Segment]
@@ -445,9 +445,10 @@ class ElfFile:
         return offsets, keep & inside
 
     def _spans(
-        self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]
+        self, starts: npt.NDArray[np.uint32], data: bytes
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Returns where names begin and end in a string table."""
+        strings = np.frombuffer(data, np.uint8)
         if len(strings) - np.count_nonzero(strings) > _MAX_SYMBOLS + _MAX_SMALL:
             raise self._malformed("its symbols' names are empty")
         nuls = np.flatnonzero(strings == 0)
@@ -460,19 +461,18 @@ class ElfFile:
             raise self._malformed("its symbols' names are too long")
         return starts.astype(np.int64), ends
 
-    def _names(self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]) -> Names:
-        return Names.gather(strings.tobytes(), *self._spans(starts, strings))
+    def _names(self, starts: npt.NDArray[np.uint32], strings: bytes) -> Names:
+        return Names.gather(strings, *self._spans(starts, strings)) if len(starts) else Names(b"")
 
     def _names_with_versions(
-        self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]
+        self, starts: npt.NDArray[np.uint32], data: bytes
     ) -> tuple[Names, list[str], npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
         """Returns names, versions, the version of each and whether it is the default: a static link leaves them in the
         names, as ``name@@VERSION``."""
-        begins, ends = self._spans(starts, strings)
+        begins, ends = self._spans(starts, data)
         version, default = np.zeros(len(begins), np.uint16), np.ones(len(begins), np.bool_)
         labels: dict[str, int] = {"": 0}
-        data = strings.tobytes()
-        ats = np.flatnonzero(strings == ord("@"))
+        ats = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("@")) if b"@" in data else np.zeros(0, np.int64)
         if len(ats):
             first = ats[np.minimum(np.searchsorted(ats, begins), len(ats) - 1)]
             for i in np.flatnonzero((first >= begins) & (first < ends)).tolist():

@@ -201,7 +201,7 @@ class SymbolIndex:
         Raises:
             SpecError: it is no regular expression, or would take too much memory.
         """
-        search = _compiled(pattern).search
+        search = compiled(pattern).search
 
         def wanted(names: list[str]) -> Iterator[int]:
             full = demangle.demangle(names)
@@ -375,7 +375,7 @@ class SymbolIndex:
     def not_found(self, name: str, module: str) -> NotFound:
         """Returns the error for a name that is not here, with what may have been meant; ``module`` is the file's name."""
         detail = f"no symbol `{name}` in {module}"
-        if self.is_imported(name):
+        if self._is_imported(name):
             hint = f"`*:{name.partition('@')[0]}` probes it wherever it is defined"
             return NotFound(f"{detail}: it is imported there from another file", hint=hint, reason="Imported")
         bare = self.stripped and not self.source
@@ -386,9 +386,14 @@ class SymbolIndex:
         hint = "install its debug symbols' package, or probe a file offset (`OBJECT:0xOFFSET`)" if bare else ""
         return NotFound(detail, suggestions=self.near(name), hint=hint, reason="Stripped" if bare else "")
 
-    def is_imported(self, name: str) -> bool:
+    def _is_imported(self, name: str) -> bool:
         """Whether another file must define a function of this name; ``name@plt`` is the stub that leads there."""
-        return bool(self.imports.find(name.partition("@")[0]))
+        if self.imports.find(name.partition("@")[0]):
+            return True
+        literals = demangle.literals(name) if _NEEDS_DEMANGLING.search(name) else []
+        texts = [self.imports[i] for i in self.imports.containing(literals[0])] if literals else []
+        bare, full = demangle.demangle(texts, parameters=False), demangle.demangle(texts)
+        return any(f != t and demangle.meant(name, f, b) for t, f, b in zip(texts, full, bare, strict=True))
 
 
 def near_names(name: str, names: Sequence[str] | Names, count: int = 5) -> list[str]:
@@ -422,7 +427,8 @@ def _nearest_sets(name: str, names: Sequence[str]) -> list[str]:
     return [names[i] for i in nearest.tolist()]
 
 
-def _compiled(pattern: str) -> re2._Regexp:
+def compiled(pattern: str) -> re2._Regexp:
+    """Returns a regular expression that is matched in linear time. Raises SpecError."""
     options = re2.Options()
     options.log_errors = False
     options.max_mem = 1 << 20
