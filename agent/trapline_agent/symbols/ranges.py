@@ -31,7 +31,8 @@ class Range(NamedTuple):
     """File offset of its first instruction."""
     end: int
     function: bool
-    """False: it is a part of one, which the compiler put elsewhere; no call begins there."""
+    """Whether the stack pointer leads to a return address at its start. False: it is a part of a function that the compiler
+    put elsewhere, or a stub; no call begins there."""
 
 
 class FunctionRanges:
@@ -57,8 +58,8 @@ class FunctionRanges:
         version, pointer, counts, table = struct.unpack_from("4B", data)
         if version != 1 or table != _RELATIVE_TABLE or counts & 0x70 or counts == _OMITTED:
             return
-        at = 4 + (0 if pointer == _OMITTED else _SIZES[pointer & 15])
-        size = _SIZES[counts & 15]
+        at = 4 + (0 if pointer == _OMITTED else _SIZES.get(pointer & 15, len(data)))
+        size = _SIZES.get(counts & 15, 8)
         count = int.from_bytes(data[at : at + size], "little")
         at += size
         if not 0 < count <= _MAX_ENTRIES or at + 8 * count > len(data):

@@ -103,38 +103,38 @@ def _argument(text: str) -> Argument:
         return Argument(_unsupported(text))
     size = int(found["size"] or "8")
     floating = found["size"] is not None and text.startswith(f"{found['size']}f@")
-    return Argument(_location(found["where"], abs(size)), abs(size), size < 0, floating)
+    return Argument(_location(found["where"]) or _unsupported(text), abs(size), size < 0, floating)
 
 
 def _unsupported(text: str) -> Location:
     return Location("unsupported", reason=f"the argument `{text[:100]}` of a USDT probe cannot be read")
 
 
-def _location(text: str, size: int) -> Location:
+def _location(text: str) -> Location | None:
     if text.startswith("$"):
         value = _NUMBER.fullmatch(text[1:])
-        return Location("value", (("const", int(value[0], 0)),)) if value else _unsupported(text)
+        return Location("value", (("const", int(value[0], 0)),)) if value else None
     if text.startswith("%"):
         register = _register(text)
         if register is None:
-            return _unsupported(text)
+            return None
         number, shift = register
         if shift:  # %ah: the second byte of a word
             return Location("value", (("reg", number), ("const", shift), ("shr", 0)))
         return Location("register", (("reg", number),))
     memory = _MEMORY.fullmatch(text)
     if memory is None or not (memory["base"] or memory["index"]):
-        return _unsupported(text)
+        return None
     offset = sum(int(n, 0) for n in _NUMBER.findall(memory["offset"] or "0"))
     ops: list[Op] = []
     if memory["base"] == "%rip" and not memory["index"]:
-        return _unsupported(text)  # relative to the instruction behind the probe; no compiler writes that
+        return None  # relative to the instruction behind the probe; no compiler writes that
     for name, scale in ((memory["base"], "1"), (memory["index"], memory["scale"] or "1")):
         if not name:
             continue
         register = _register(name)
         if register is None or register[1] or not _is_whole(name):
-            return _unsupported(text)
+            return None
         ops += [("reg", register[0])]
         if scale != "1":
             ops += [("const", int(scale)), ("mul", 0)]

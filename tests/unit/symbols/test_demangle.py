@@ -166,8 +166,9 @@ def _doubling(depth: int) -> str:
     """A name that would be 2**depth long: each template's arguments are the last one, twice."""
     digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     name = "_Z1f1A1BIS_S_E"
-    for i in range(2, 2 + depth):
-        name += f"S0_I{(again := f'S{digits[i - 1]}_' if i < 37 else f'S{digits[(i - 1) // 36]}{digits[(i - 1) % 36]}_')}{again}E"
+    for i in range(1, 1 + depth):
+        again = f"S{digits[i] if i < 36 else digits[i // 36] + digits[i % 36]}_"
+        name += f"S0_I{again}{again}E"
     return name
 
 
@@ -214,5 +215,3 @@ def test_letters_of_mangled_names_in_any_order_are_answered(tmp_path: Path) -> N
         assert isinstance(text, str)
 
     answered()
-
-
