@@ -10,6 +10,7 @@ import difflib
 import itertools
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import translate
@@ -41,6 +42,11 @@ _MAX_ALIASES = 64
 """Names of one place that are looked at: libc has places with ten."""
 _MAX_DEMANGLED = 200_000
 """Names that a search demangles: half a second."""
+_MAX_REGEX_S = 5.0
+_MAX_MATCHED = 16_384
+"""Bytes of a name that a regular expression is tried on."""
+_CLOCK_NAMES, _LONG = 16, 1000
+"""The clock is looked at after so many names, and at each one of more bytes."""
 _NEEDS_DEMANGLING = re.compile(r"::|[ <>(){}~&]")
 
 
@@ -196,18 +202,30 @@ class SymbolIndex:
 
     def regex(self, pattern: str) -> Iterator[SymbolAt]:
         """Yields the default symbols with a match of a regular expression anywhere in the name, or in the demangled name;
-        one for each offset, by offset. Time is linear in the names' length, whatever the pattern (RE2).
+        one for each offset, by offset. Time is linear in the names' length, whatever the pattern (RE2), but the pattern's
+        size counts too.
 
         Raises:
             SpecError: it is no regular expression, or would take too much memory.
+            ResolveError: it takes too long.
         """
         search = compiled(pattern).search
+        deadline = time.monotonic() + _MAX_REGEX_S
+
+        def matches(text: str) -> bool:
+            return len(text) <= _MAX_MATCHED and search(text.encode()) is not None
 
         def wanted(names: list[str]) -> Iterator[int]:
             full = demangle.demangle(names)
-            return (
-                i for i, (n, f) in enumerate(zip(names, full, strict=True)) if search(n) or (f is not n and search(f))
-            )
+            for i, (name, text) in enumerate(zip(names, full, strict=True)):
+                if (not i % _CLOCK_NAMES or len(name) > _LONG) and time.monotonic() > deadline:
+                    raise ResolveError(
+                        f"`/{pattern}/` was not done with {self.path} in {_MAX_REGEX_S:g} s",
+                        hint="write a simpler expression, or a glob such as `foo*`",
+                        reason="TooSlow",
+                    )
+                if matches(name) or (text is not name and matches(text)):
+                    yield i
 
         return self._matching(wanted)
 
@@ -431,7 +449,7 @@ def compiled(pattern: str) -> re2._Regexp:
     """Returns a regular expression that is matched in linear time. Raises SpecError."""
     options = re2.Options()
     options.log_errors = False
-    options.max_mem = 1 << 20
+    options.max_mem = 1 << 18
     try:
         return re2.compile(pattern, options)
     except re2.error as e:

@@ -16,11 +16,12 @@ from tests.unit.symbols.programs import build, build_with, strip
 from tests.unit.symbols.test_demangle import CPP
 from tests.unit.symbols.test_elf import out
 from tests.unit.symbols.test_usdt import USDT, notes
-from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Unsupported
+from trapline.errors import NoDebugInfo, NotFound, ResolveError, SpecError, TraplineError, Unsupported
 from trapline.spec import parse_probe
 from trapline_agent.debuginfo.model import DebugInfo, LinePlace, Scope, Type, TypeRef, Variable
 from trapline_agent.objects import FoundFile
 from trapline_agent.resolve import Resolver
+from trapline_agent.symbols import index
 
 
 @pytest.fixture
@@ -61,16 +62,22 @@ def test_what_is_no_regular_expression_is_told_with_its_place(resolver: Resolver
 
 
 @needs.gcc
-def test_hostile_regular_expressions_end_soon(resolver: Resolver, tmp_path: Path) -> None:
+def test_hostile_regular_expressions_end_soon(
+    resolver: Resolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = "int main(void) { return 0; }\n" + "".join(f"void {'a' * 2000}{i}(void) {{}}\n" for i in range(50))
     path = build(tmp_path, source=source)
     began = time.process_time()
-    for pattern in ("(a+)+$", "(a|aa)+b", "(.*)*(.*)*(.*)*x", "(a?){900}a{900}z"):
+    for pattern in ("(a+)+$", "(a|aa)+b", "(.*)*(.*)*(.*)*x", "(a?){900}a{900}z", "(a?){300}a{300}z"):
         try:
             plan_of(resolver, f"{path}:/{pattern}/")
         except (NotFound, SpecError):
             pass
     assert time.process_time() - began < 5
+    monkeypatch.setattr(index, "_MAX_REGEX_S", 0.0)
+    with pytest.raises(ResolveError) as e:
+        plan_of(resolver, f"{path}:/(a?){{300}}a{{300}}z/")
+    assert e.value.reason == "TooSlow"
     with pytest.raises(NotFound):
         plan_of(resolver, f"{path}:" + "*a" * 30 + "z*b")
     assert time.process_time() - began < 10
