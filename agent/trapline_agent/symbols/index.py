@@ -6,6 +6,7 @@ file or in .gnu_debugdata, from .dynsym, and in a stripped Go program from .gopc
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import re
@@ -143,7 +144,7 @@ class SymbolIndex:
         self.imports = Names(stored.imports)
         table = self._table = stored.table.columns()
         # Several names of one place are put in order when they are asked for.
-        self._order = np.argsort(table.offsets, kind="stable").astype(np.uint32)
+        self._order = np.frombuffer(stored.table.order, np.uint32)
         self._starts = table.offsets[self._order]
         self.is_go = bool(table.names.find(_GO))
 
@@ -567,7 +568,8 @@ class IndexCache:
             kept = self._store.load(fd, build_id, debug)
             if kept is not None:
                 kept.path = path
-                return SymbolIndex.of(kept)
+                with contextlib.suppress(ValueError):  # it does not hang together
+                    return SymbolIndex.of(kept)
         elf = ElfFile(fd, path)
         with separate.opened(debug, build_id) as debug_file:
             made = SymbolIndex(elf, debug_file)

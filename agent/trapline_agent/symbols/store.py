@@ -53,11 +53,14 @@ class StoredTable(msgspec.Struct, array_like=True):
     sizes: bytes
     types: bytes
     binds: bytes
+    order: bytes
+    """32-bit indices of the rows by their offsets."""
 
     @staticmethod
     def of(table: SymbolTable) -> StoredTable:
         columns = (np.ascontiguousarray(getattr(table, name), kind).tobytes() for name, kind in _COLUMNS)
-        return StoredTable(table.names.blob, list(table.versions), *columns)
+        order = np.argsort(table.offsets, kind="stable").astype(np.uint32)
+        return StoredTable(table.names.blob, list(table.versions), *columns, order=order.tobytes())
 
     def columns(self) -> SymbolTable:
         """Returns the table. Raises ValueError where it does not hang together."""
@@ -65,6 +68,8 @@ class StoredTable(msgspec.Struct, array_like=True):
         columns: list[npt.NDArray[np.generic]] = [np.frombuffer(getattr(self, name), kind) for name, kind in _COLUMNS]
         if any(len(c) != len(names) for c in columns) or not self.versions:
             raise ValueError("columns of different lengths")
+        if len(self.order) != 4 * len(names):
+            raise ValueError("an order of another length")
         return SymbolTable(names, self.versions, *columns)  # type: ignore[arg-type]
 
 
@@ -125,7 +130,6 @@ class Store:
                 return None
             if _digest(fd, kept.reads) != kept.digest:
                 return None
-            kept.stored.table.columns()
         except (OSError, ValueError, msgspec.MsgspecError):
             return None
         with contextlib.suppress(OSError):
