@@ -58,9 +58,9 @@ class StoredTable(msgspec.Struct, array_like=True):
 
     @staticmethod
     def of(table: SymbolTable) -> StoredTable:
-        columns = (np.ascontiguousarray(getattr(table, name), kind).tobytes() for name, kind in _COLUMNS)
+        columns = {name: np.ascontiguousarray(getattr(table, name), kind).tobytes() for name, kind in _COLUMNS}
         order = np.argsort(table.offsets, kind="stable").astype(np.uint32)
-        return StoredTable(table.names.blob, list(table.versions), *columns, order=order.tobytes())
+        return StoredTable(names=table.names.blob, versions=list(table.versions), order=order.tobytes(), **columns)
 
     def columns(self) -> SymbolTable:
         """Returns the table. Raises ValueError where it does not hang together."""

@@ -123,6 +123,22 @@ def test_cpp_names_as_cppfilt_has_them_and_as_people_write_them(tmp_path: Path, 
     assert near[0] == "ns::Cls::Nested::f"
 
 
+@needs.gxx
+def test_what_the_compiler_put_elsewhere_is_not_the_function(tmp_path: Path) -> None:
+    source = """
+    #include <stdexcept>
+    namespace ns { __attribute__((noinline)) int work(int a) {
+        if (__builtin_expect(a > 100, 0)) throw std::runtime_error("too much");
+        return a * 3;
+    } }
+    int main(int argc, char **argv) { return ns::work(argc); }
+    """
+    index = index_of(build_with("g++", tmp_path, source, "program.cpp", "-O2"))
+    assert len(index.find("_ZN2ns4workEi.cold")) == 1
+    assert [s.name for s in index.find_text("ns::work")] == ["_ZN2ns4workEi"]
+    assert [s.name for s in index.glob("ns::*")] == ["_ZN2ns4workEi"]
+
+
 @needs.rust
 @needs.binutils
 @pytest.mark.parametrize("mangling", ["legacy", "v0"])
