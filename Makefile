@@ -102,6 +102,7 @@ torture: setup ## tests/torture at full length: storms, kills and failures by th
 bench: bench-engines ## measure: all of it
 	$(BIN)/python -m benchmarks.engines.killed
 	$(BIN)/python -m benchmarks.pipeline.end_to_end
+	$(BIN)/python -m benchmarks.symbols
 
 .PHONY: bench-engines
 bench-engines: setup ## measure: cost of a hit, of attaching, of standing by, beside gdb, bpftrace and others that are here; 5 minutes

@@ -284,6 +284,15 @@ class ResolvedSite(Model):
     build_id: str = ""
     symbol: str = ""
     symbol_offset: int = 0
+    demangled: str = ""
+    """The symbol as the source language writes it (C++, Rust); empty where that is the same."""
+    aliases: list[str] = Field(default_factory=list)
+    """Other symbols of the same place: aliases, and functions that were folded together; a probe hits for all of them."""
+    file: str = ""
+    """Source file, where a line was asked for."""
+    line: int = 0
+    arguments: str = ""
+    """Of a USDT probe: its arguments as the file describes them, ``8@%rdi -4@-20(%rbp)``."""
     offset: int
     instruction: str = ""
     step: str = ""
@@ -384,6 +393,8 @@ class Module(Model):
 
 class Symbol(Model):
     name: str
+    demangled: str = ""
+    """As the source language writes it (C++, Rust); empty where that is the same."""
     module: str
     build_id: str = ""
     offset: int

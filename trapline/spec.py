@@ -93,20 +93,6 @@ def require_supported(spec: ProbeSpec) -> None:
         Unsupported: names the feature; reason ``NotInThisRelease``, with the canonical text and the position.
     """
     wanted: list[tuple[str, bool, str, str]] = [
-        ("kind", spec.kind is ProbeKind.USDT, "USDT probes (`usdt:`)", "probe a function by its symbol"),
-        (
-            "point",
-            spec.point.kind is PointKind.REGEX,
-            "a regular expression over symbols",
-            "use a glob, such as `foo*`",
-        ),
-        ("point", spec.point.kind is PointKind.LINE, "a source line", "use a symbol, or `symbol+offset`"),
-        (
-            "point",
-            spec.point.kind is PointKind.TEXT,
-            "a name as the source language writes it",
-            "use the mangled symbol, as `nm` prints it",
-        ),
         *(
             (f"where.{key}", key in spec.where, f"the selector `{key}`", "select by pid, tree, comm, exe, uid or host")
             for key in ("label", "container", "cgroup")

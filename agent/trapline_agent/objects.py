@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from trapline.errors import Ambiguous, NotFound, TraplineError
 from trapline_agent.plans import FileKey
 from trapline_agent.symbols.index import IndexCache, SymbolIndex, near_names
+from trapline_agent.symbols.ranges import FunctionRanges
 from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping, executable_mappings
 from trapline_agent.targets.process import pids, text
@@ -135,6 +136,10 @@ class Finder:
     def index(self, file: FoundFile, fd: int) -> SymbolIndex:
         """Returns the symbols of a file that is open. Raises ResolveError or Unsupported."""
         return self._cache.get(fd, text(file.path))
+
+    def ranges(self, file: FoundFile, fd: int) -> FunctionRanges:
+        """Returns where the functions of a file that is open are, by its unwind table. Raises as ``index``."""
+        return self._cache.ranges(fd, text(file.path))
 
     def _by_path(self, path: str, mapped: dict[FileKey, FoundFile]) -> list[FoundFile]:
         path = os.path.normpath(path)

@@ -6,14 +6,25 @@ worker thread. Several may run at once.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 
-from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.errors import (
+    NoDebugInfo,
+    NotFound,
+    PermissionDenied,
+    ResolveError,
+    SpecError,
+    TraplineError,
+    Unsupported,
+)
 from trapline.model import (
     HostResolution,
     Module,
@@ -30,10 +41,16 @@ from trapline.spec import require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.program import lower
+from trapline_agent.debuginfo.model import DebugInfo
 from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
-from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
+from trapline_agent.symbols.demangle import demangle, demangled
+from trapline_agent.symbols.elf import ElfFile
+from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, compiled, near_names
+from trapline_agent.symbols.ranges import Range
+from trapline_agent.symbols.usdt import Argument, UsdtProbe, parse_arguments
+from trapline_agent.symbols.usdt import probes as usdt_probes
 from trapline_agent.targets.process import (
     ProcessFacts,
     facts,
@@ -49,8 +66,9 @@ from trapline_agent.targets.selector import Selector, with_numbers
 MAX_SITES = 1000
 MAX_TARGETS = 1000
 _CODE_BYTES = 15
-_BACK_BYTES = 4096
-"""Where nothing says where a function begins, decoding so far before an offset is in step long before it is reached."""
+_MAX_ALIASES = 20
+_MAX_EXPORTERS = 200
+"""Files that are asked for a symbol which another one imports."""
 _SEARCH_S = 6.0
 """Seconds after which a look into all files ends with what it has; what was read is remembered for the next."""
 _LOADER_HOOK = "_dl_debug_state"
@@ -77,6 +95,8 @@ class Plan:
     """Every site, those that are refused too."""
     notes: list[str] = field(default_factory=list)
     """What was left out, in sentences."""
+    arguments: list[tuple[Argument, ...]] = field(default_factory=list)
+    """Of USDT probes: one entry for each of ``plans``."""
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 
@@ -90,6 +110,11 @@ class _Place:
     error: TraplineError | None = None
     go: bool = False
     """It is behind the stack check of a Go function."""
+    shown: str = ""
+    """What it is called where that is not a symbol or an offset."""
+    file: str = ""
+    line: int = 0
+    usdt: UsdtProbe | None = None
 
     @property
     def symbol_offset(self) -> int:
@@ -97,6 +122,8 @@ class _Place:
 
     @property
     def label(self) -> str:
+        if self.shown:
+            return self.shown
         if self.symbol is None:
             return f"0x{self.offset:x}"
         return f"{self.symbol.name}+0x{self.symbol_offset:x}" if self.symbol_offset else self.symbol.name
@@ -105,19 +132,32 @@ class _Place:
 class Resolver:
     """Resolves probes and answers questions about this host; keeps the symbols of the files it has read."""
 
-    def __init__(self, host_id: str, host_name: str, self_pids: Collection[int], tracer_pid: int) -> None:
+    def __init__(
+        self,
+        host_id: str,
+        host_name: str,
+        self_pids: Collection[int],
+        tracer_pid: int,
+        *,
+        cache_directory: Path | None = None,
+        debug_info: Callable[[FoundFile], DebugInfo | None] | None = None,
+    ) -> None:
         """
         Args:
             host_id: the host's id, for answers.
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
+            cache_directory: where the symbols of files are kept for later processes; None: nowhere.
+            debug_info: returns the debug information of a file, or None where it has none; without it source lines are
+                refused.
         """
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
-        self._finder = Finder(host_name, IndexCache())
+        self._finder = Finder(host_name, IndexCache(directory=cache_directory))
+        self._debug_info = debug_info
 
     # --- probes
 
@@ -153,6 +193,7 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
+        self._require_answerable(spec)
         plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
         for key in ("pid", "tree"):
             if key in plan.where:
@@ -207,21 +248,133 @@ class Resolver:
             )
         # That a symbol is missing says more than that another file of the name could not be read.
         errors.sort(key=lambda e: not isinstance(e, NotFound))
+        if errors and errors[0].reason == "Imported":
+            self._name_exporters(spec, files, errors[0])
         return errors[0] if errors else NotFound(f"nothing on {self._host_name} is meant by `{spec.text}`")
+
+    def _require_answerable(self, spec: ProbeSpec) -> None:
+        """Refuses what cannot be asked of any file here, before any is read."""
+        point = spec.point
+        at = len(spec.text) - len(spec.text.partition(":")[2])
+        if point.kind is PointKind.REGEX:
+            try:
+                compiled(point.value)
+            except SpecError as e:
+                e.text, e.position = spec.text, max(0, spec.text.find(f"/{point.value}"))
+                raise
+        if point.kind is PointKind.LINE and self._debug_info is None:
+            raise Unsupported(
+                "not in this release: a source line",
+                hint="use a symbol, or `symbol+offset`",
+                reason="NotInThisRelease",
+                text=spec.text,
+                position=at,
+            )
+        arguments = [c.text for c in spec.captures if c.operand.startswith("arg")]
+        if spec.kind is ProbeKind.USDT and arguments:
+            raise Unsupported(
+                f"not in this release: `{arguments[0]}` of a USDT probe",
+                hint="`trapline resolve` shows which register each argument is in: capture that, such as `reg.rdi`",
+                reason="NotInThisRelease",
+                text=spec.text,
+                position=max(0, spec.text.find(arguments[0])),
+            )
+
+    def _name_exporters(self, spec: ProbeSpec, files: list[FoundFile], error: TraplineError) -> None:
+        """Adds to the error for an imported symbol where it is defined: in what the same processes map."""
+        name = spec.point.value.partition("@")[0]
+        pids = {pid for file in files for pid in file.mappings}
+        own = {file.key for file in files}
+        found: list[str] = []
+        for file in list(scan(pids or None).values())[:_MAX_EXPORTERS]:
+            if file.key in own:
+                continue
+            try:
+                with file.open() as fd:
+                    index = self._finder.index(file, fd)
+                symbols = index.find_text(name) if spec.point.kind is PointKind.TEXT else index.find(name)
+            except TraplineError:
+                continue
+            if any(s.bind != "local" for s in symbols):
+                found.append(file.name)
+        if found:
+            names = list(dict.fromkeys(found))
+            error.detail += f", {names[0]}" if len(names) == 1 else f": one of {', '.join(names[:5])}"
+            point = spec.text.partition(":")[2] if spec.point.kind is PointKind.TEXT else name
+            error.suggestions = [
+                f"{n}:{point}" if spec.point.kind is not PointKind.TEXT else f'{n}:"{name}"' for n in names[:5]
+            ]
 
     def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
-            places = _places(spec, index, _shown(spec, file))
-            if spec.kind is ProbeKind.RETURN:
-                places = (_entry(fd, index, place, _shown(spec, file)) for place in places)
-            for place in places:
+            module = _shown(spec, file)
+            for place in self._places(plan, spec, file, fd, index, module):
                 if len(plan.resolved) >= MAX_SITES:
                     note = f"more than {MAX_SITES} places match; the rest is left out"
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, _shown(spec, file))
+                self._add_place(plan, file, fd, index, place, module)
+
+    def _places(
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str
+    ) -> Iterator[_Place]:
+        """Yields the places that a probe means in a file. Raises NotFound where it has none."""
+        if spec.kind is ProbeKind.USDT:
+            yield from _usdt_places(spec, ElfFile(fd, index.path), index, module)
+            return
+        places = self._line_places(plan, spec, file, index, module) if spec.point.kind is PointKind.LINE else None
+        for place in places or _symbol_places(spec, index, module):
+            self._note_inlined(plan, spec, file, place)
+            if spec.kind is ProbeKind.RETURN:
+                ranges = functools.partial(self._range, file, fd, index)
+                yield _entry(fd, index, place, module, ranges)
+            else:
+                yield place
+
+    def _line_places(
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, module: str
+    ) -> list[_Place]:
+        info = self._debug_info(file) if self._debug_info else None
+        if info is None:
+            raise NoDebugInfo(
+                f"{module} has no debug information, so its source lines are not known",
+                hint="install its debug symbols' package, build it with -g, or use a symbol",
+                reason="NoDebugInfo",
+            )
+        found: list[_Place] = []
+        for at in info.line(spec.point.value, spec.point.offset):
+            shown = f"{os.path.basename(at.file)}:{at.line}"
+            found.append(_Place(at.offset, _inside(index, at.offset), shown=shown, file=at.file, line=at.line))
+            if at.line != spec.point.offset:
+                note = f"line {spec.point.offset} has no code in {module}; line {at.line} is the next that has"
+                if note not in plan.notes:
+                    plan.notes.append(note)
+        if not found:
+            raise NotFound(f"no code in {module} is of {spec.point.value}:{spec.point.offset}", reason="NoSuchLine")
+        return found
+
+    def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
+        """Says how many inlined copies of a function a probe does not cover."""
+        named = spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT) and place.symbol is not None
+        if not named or place.symbol is None or place.symbol_offset or self._debug_info is None:
+            return
+        (name,) = demangle([place.symbol.name], parameters=False)
+        try:
+            info = self._debug_info(file)
+            copies = len(info.inlined(name)) if info else 0
+        except TraplineError:
+            return  # a remark on the side: what is wrong with the debug information is told to who asks for it
+        if copies:
+            plan.notes.append(
+                f"{copies} inlined {'copy' if copies == 1 else 'copies'} of `{name}` in {file.name} "
+                f"{'is' if copies == 1 else 'are'} not covered: a probe on a source line in it is in each of them"
+            )
+
+    def _range(self, file: FoundFile, fd: int, index: SymbolIndex, offset: int) -> Range | None:
+        """Returns the code that a frame description is about, by the file's unwind table."""
+        return self._finder.ranges(file, fd).at(ElfFile(fd, index.path), offset)
 
     def _add_place(self, plan: Plan, file: FoundFile, fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
         site = ResolvedSite(
@@ -230,7 +383,13 @@ class Resolver:
             symbol=place.symbol.name if place.symbol else "",
             symbol_offset=place.symbol_offset,
             offset=place.offset,
+            file=place.file,
+            line=place.line,
+            arguments=place.usdt.arguments if place.usdt else "",
         )
+        if place.symbol is not None:
+            site.demangled = demangled(place.symbol.name)
+            site.aliases = [] if place.symbol_offset else index.aliases(place.symbol)[:_MAX_ALIASES]
         plan.resolved.append(site)
         try:
             if place.error is not None:
@@ -238,7 +397,8 @@ class Resolver:
             segment = index.segment_at(place.offset)
             if segment is None:
                 raise _not_executable(index, place.offset)
-            _require_boundary(fd, index, place, module)
+            _require_boundary(fd, index, place, module, functools.partial(self._range, file, fd, index))
+            arguments = parse_arguments(place.usdt.arguments) if place.usdt else ()
             code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
             step = plan_step(code, place.offset - segment.offset + segment.vaddr)
             if index.is_relocated(place.offset, step.length):
@@ -256,6 +416,7 @@ class Resolver:
         if label not in plan.sites:
             plan.sites.append(label)
         plan.files[file.key] = file
+        plan.arguments.append(arguments)
         plan.plans.append(
             SitePlan(
                 site=plan.sites.index(label),
@@ -344,9 +505,9 @@ class Resolver:
             except TraplineError as e:
                 error = error or e
                 continue
-            matches = index.search(q)
-            total += len(matches)
-            best += (((m.rank, m.length, m.name), _symbol(m.symbol, file, index)) for m in matches[:limit])
+            count, matches = index.search(q, limit)
+            total += count
+            best += (((m.rank, m.length, m.name), _symbol(m, file, index)) for m in matches)
         if error is not None and len(files) == 1:
             raise error
         best.sort(key=lambda scored: scored[0])
@@ -414,24 +575,62 @@ def _shown(spec: ProbeSpec, file: FoundFile) -> str:
     return text(os.path.basename(spec.object)) or file.name
 
 
-def _places(spec: ProbeSpec, index: SymbolIndex, module: str) -> Iterator[_Place]:
+def _inside(index: SymbolIndex, offset: int) -> SymbolAt | None:
+    """Returns the symbol that a place is in; None where none reaches so far."""
+    symbol = index.at(offset)
+    return symbol if symbol is not None and offset < index.end_of(symbol) else None
+
+
+def _symbol_places(spec: ProbeSpec, index: SymbolIndex, module: str) -> Iterator[_Place]:
     """Yields the places that a probe's point means in a file. Raises NotFound where it has none."""
     point = spec.point
-    if point.kind is PointKind.OFFSET:
-        symbol = index.at(point.offset)
-        inside = symbol is not None and point.offset < index.end_of(symbol)
-        yield _Place(point.offset, symbol if inside else None)
-        return
-    if point.kind is PointKind.GLOB:
-        found = index.glob(point.value)
-        if not found:
-            raise NotFound(f"no symbol in {module} matches `{point.value}`")
-    else:
-        found = index.find(point.value)
-        if not found:
-            raise index.not_found(point.value, module)
+    found: Iterable[SymbolAt]
+    match point.kind:
+        case PointKind.OFFSET:
+            yield _Place(point.offset, _inside(index, point.offset))
+            return
+        case PointKind.GLOB | PointKind.REGEX:
+            matching = index.glob(point.value) if point.kind is PointKind.GLOB else index.regex(point.value)
+            first = next(matching, None)
+            if first is None:
+                shown = point.value if point.kind is PointKind.GLOB else f"/{point.value}/"
+                raise NotFound(f"no symbol in {module} matches `{shown}`")
+            found = itertools.chain((first,), matching)
+        case _:
+            # A name of the source language may look like a symbol: `f(int)`, or a C++ function outside of namespaces.
+            exact = [] if point.kind is PointKind.TEXT else index.find(point.value)
+            found = exact or index.find_text(point.value)
+            if not found:
+                raise index.not_found(point.value, module)
     for symbol in found:
         yield _symbol_place(index, symbol, point.offset, module)
+
+
+def _usdt_places(spec: ProbeSpec, elf: ElfFile, index: SymbolIndex, module: str) -> Iterator[_Place]:
+    """Yields the places of a USDT probe, which may be compiled into several functions. Raises NotFound."""
+    probes = usdt_probes(elf)
+    wanted = spec.point.value
+    found = [p for p in probes if p.is_meant(wanted, glob=spec.point.kind is PointKind.GLOB)]
+    if not found:
+        names = sorted({f"{p.provider}:{p.name}" for p in probes})
+        detail = f"no USDT probe `{wanted}` in {module}"
+        if not probes:
+            raise NotFound(f"{detail}: it has none at all", reason="NoUsdt")
+        near = near_names(wanted, names) or near_names(wanted, [n.partition(":")[2] for n in names])
+        raise NotFound(
+            detail, suggestions=near, hint=f"it has {', '.join(names[:8])}" if not near else "", reason="NoUsdt"
+        )
+    for probe in found:
+        error = None
+        if probe.semaphore:
+            error = Unsupported(
+                f"the USDT probe `{probe.provider}:{probe.name}` in {module} has a semaphore: the program skips it "
+                "unless a counter in its memory is raised",
+                hint="not in this release; probe the function that has it by its symbol",
+                reason="Semaphore",
+            )
+        shown = f"{probe.provider}:{probe.name}"
+        yield _Place(probe.offset, _inside(index, probe.offset), error, shown=shown, usdt=probe)
 
 
 def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str) -> _Place:
@@ -454,22 +653,22 @@ def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str
     return _Place(symbol.offset + offset, symbol, error)
 
 
-def _entry(fd: int, index: SymbolIndex, place: _Place, module: str) -> _Place:
+def _entry(fd: int, index: SymbolIndex, place: _Place, module: str, ranges: Callable[[int], Range | None]) -> _Place:
     """Returns the place where a return probe sees calls begin: a function's first instruction, where the return address is
     the word that the stack pointer leads to. In Go that is behind the stack check, which begins the function anew."""
     if place.error is not None:
         return place
     symbol = place.symbol
     if symbol is None:
-        return place  # nothing says that it is not one: a stripped file
+        range_ = ranges(place.offset)
+        if range_ is not None and range_.function and range_.start == place.offset:
+            return place
+        if range_ is None:
+            return replace(place, error=_unknown(place, module))
+        start = [f"ur:{module}:0x{range_.start:x}"] if range_.function else []
+        return replace(place, error=_no_function(place, module, start))
     if place.symbol_offset:
-        error = Unsupported(
-            f"{module}:{place.label} is inside of a function, and a return probe needs its first instruction",
-            hint="a call's return address is where the stack pointer leads to only there",
-            suggestions=[f"ur:{module}:{symbol.name}"],
-            reason="NotAFunction",
-        )
-        return replace(place, error=error)
+        return replace(place, error=_no_function(place, module, [f"ur:{module}:{symbol.name}"]))
     check = 0
     if index.is_go:
         size = min(GO_CHECK_BYTES, max(0, index.end_of(symbol) - symbol.offset))
@@ -497,27 +696,45 @@ def _not_executable(index: SymbolIndex, offset: int) -> Unsupported:
     )
 
 
-def _anchor(index: SymbolIndex, place: _Place) -> int:
-    """Returns the nearest offset at or before a place where an instruction surely begins, or one from where decoding is
-    in step in time."""
-    segment = index.segment_at(place.offset)
-    known = [start for start, size in index.code_sections if start <= place.offset < start + size]
-    symbol = place.symbol or index.at(place.offset)
-    if symbol is not None:
-        known.append(symbol.offset)
-    if index.entry is not None and index.entry <= place.offset:
-        known.append(index.entry)
-    start = max(known, default=segment.offset if segment else place.offset)
-    return start if place.offset - start < MAX_DECODED else place.offset - _BACK_BYTES
+def _no_function(place: _Place, module: str, suggestions: list[str]) -> Unsupported:
+    return Unsupported(
+        f"{module}:{place.label} is inside of a function, and a return probe needs its first instruction",
+        hint="a call's return address is where the stack pointer leads to only there",
+        suggestions=suggestions,
+        reason="NotAFunction",
+    )
 
 
-def _require_boundary(fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
-    """Raises Unsupported where no instruction begins at a place."""
+def _unknown(place: _Place, module: str) -> Unsupported:
+    return Unsupported(
+        f"whether an instruction begins at {module}:{place.label} cannot be told: no symbol and no unwind information says "
+        "where its function begins",
+        hint="probe a place in a function that has a symbol, or install the debug symbols' package",
+        reason="UnknownBoundary",
+    )
+
+
+def _require_boundary(
+    fd: int, index: SymbolIndex, place: _Place, module: str, ranges: Callable[[int], Range | None]
+) -> None:
+    """Raises Unsupported where no instruction begins at a place, or where nobody can tell.
+
+    It is found by decoding from the nearest beginning of a function: code is not decoded across a function's end, where
+    data may be.
+    """
     if place.symbol is not None and not place.symbol_offset:
         return
+    if place.offset == index.entry or any(start == place.offset for start, _ in index.code_sections):
+        return
+    symbol = place.symbol or _inside(index, place.offset)
+    starts = [symbol.offset] if symbol is not None else []
+    if symbol is None or not symbol.size:
+        starts += [r.start for r in (ranges(place.offset),) if r is not None]
+    start = max(starts, default=None)
     segment = index.segment_at(place.offset)
+    if start is None or place.offset - start > MAX_DECODED:
+        raise _unknown(place, module)
     to_addr = segment.vaddr - segment.offset if segment else 0
-    start = _anchor(index, place)
     code = _read(fd, index, start, place.offset - start + _CODE_BYTES)
     over = instruction_over(code, start + to_addr, place.offset + to_addr)
     if over is None or over.addr == place.offset + to_addr:
@@ -555,8 +772,10 @@ def _target(host: str, process: ProcessFacts, label: str, site: SitePlan, refuse
     )
 
 
-def _symbol(symbol: SymbolAt, file: FoundFile, index: SymbolIndex) -> Symbol:
+def _symbol(match: Match, file: FoundFile, index: SymbolIndex) -> Symbol:
+    symbol = match.symbol
     return Symbol(
+        demangled=match.demangled,
         name=symbol.name if symbol.default else f"{symbol.name}@{symbol.version}",
         module=text(file.path),
         build_id=index.build_id,

@@ -85,7 +85,7 @@ def refused(stack: Stack, probe: str, **body: Any) -> Problem:
 @pytest.mark.parametrize(
     ("probe", "status", "code", "reason", "says"),
     [
-        ("libc.so.6:getppidd @ pid={pid}", 422, "not-found", "Stripped", "`getppidd`"),
+        ("libc.so.6:getppidd @ pid={pid}", 422, "not-found", "|Stripped", "`getppidd`"),  # libc6-dbg may be there
         ("no-such-library.so:f @ pid={pid}", 422, "not-found", "NotMapped", "no-such-library.so"),
         ("libc.so.6:getppid @ pid={nobody}", 422, "not-found", "", "no process {nobody}"),
         ("libc.so.6:getppid+1 @ pid={pid}", 422, "unsupported", "MidInstruction", "in the middle of the instruction"),
@@ -112,7 +112,8 @@ def test_a_probe_that_cannot_be(
         "tracer": stack.tracer.pid,
     }
     problem = refused(stack, probe.format(**names))
-    assert (problem.status, problem.code, problem.reason) == (status, code, reason), problem
+    assert (problem.status, problem.code) == (status, code), problem
+    assert problem.reason in reason.split("|")
     assert says.format(**names) in problem.detail
     # Trapline itself is the one thing for which there is nothing to do.
     assert problem.suggestions or problem.hint or problem.caret or problem.reason == "Self", "what to do next"

@@ -325,7 +325,11 @@ def symbols(
     if json:
         print_json(pages)
         return
-    rows = [(s.name, s.module, s.size, s.bind, names.get(page.host, page.host)) for page in pages for s in page.symbols]
+    rows = [
+        (plain(s.demangled or s.name), s.module, s.size, s.bind, names.get(page.host, page.host))
+        for page in pages
+        for s in page.symbols
+    ]
     for page in pages:
         if page.error:
             note(f"{names.get(page.host, page.host)}: {page.error.get('detail', 'failed')}")
@@ -391,12 +395,22 @@ def _print_resolution(resolution: Resolution, names: dict[str, str]) -> None:
             why = site.refused.get("detail", "refused") if site.refused else f"{site.instruction}  ({site.step})"
             at = f"{site.symbol}+{site.symbol_offset:#x}" if site.symbol_offset else site.symbol
             out.print(f"  {site.module}:{at}  {site.offset:#x}  {why}", markup=False)
+            for word, text in (
+                ("is", site.demangled),
+                ("at", f"{site.file}:{site.line}" if site.line else ""),
+                ("also called", ", ".join(site.aliases)),
+                ("arguments", site.arguments),
+            ):
+                if text:
+                    out.print(f"    {word} {plain(text)}", markup=False)
         able = [t for t in host.targets if t.state is TargetState.ARMED]
         armed = f"{len(able)} {'process' if len(able) == 1 else 'processes'} would be armed"
         out.print(f"  {armed}, {len(host.targets) - len(able)} not" if len(host.targets) > len(able) else f"  {armed}")
         for target in host.targets:
             if target not in able:
                 out.print(f"    {target.pid} {target.comm}: {target.message or target.reason}", markup=False)
+        for remark in host.notes:
+            out.print(f"  note: {plain(remark)}", markup=False)
 
 
 def _time(moment: datetime | None) -> str:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from iced_x86 import Decoder, Formatter, FormatterSyntax
 
-MAX_DECODED = 1 << 20
-"""Bytes that are decoded to reach an offset: some tens of milliseconds."""
+MAX_DECODED = 8 << 20
+"""Bytes that are decoded to reach an offset: half a second; no function is as long."""
 
 
 class Instruction(NamedTuple):

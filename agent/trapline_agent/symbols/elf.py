@@ -10,15 +10,17 @@ Layouts: System V ABI (gABI) chapters 4 and 5; symbol versions: the LSB's core s
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from trapline.errors import ResolveError, Unsupported
+from trapline_agent.symbols.names import Names
 
 PAGE = 4096
 _MAX_TABLE = 256 << 20
@@ -29,6 +31,7 @@ _MAX_SEGMENTS = 4096
 _MAX_EXECUTABLE = 64
 _MAX_NOTES = 16
 _MAX_SYMBOLS = 4_000_000
+_MAX_VERSIONS = 30_000
 
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 _PHDR = np.dtype(
@@ -44,8 +47,9 @@ _DYN = np.dtype([("tag", "<i8"), ("value", "<u8")])
 _RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PF_X = 1, 2, 4, 1
-_SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_GNU_EH_FRAME, _PF_X = 1, 2, 4, 0x6474_E550, 1
+_SHT_SYMTAB, _SHT_NOTE, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 7, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
+_R_X86_64_RELATIVE = 8
 _SHF_EXECINSTR = 4
 _DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_RELA, _DT_RELASZ, _DT_SONAME = 0, 2, 5, 7, 8, 14
 _DT_TEXTREL, _DT_JMPREL, _DT_FLAGS, _DF_TEXTREL = 22, 23, 30, 4
@@ -81,9 +85,11 @@ class Segment(NamedTuple):
 class SymbolTable(NamedTuple):
     """One symbol table: columns of equal length. Only defined symbols in code are in it."""
 
-    names: list[str]
+    names: Names
     versions: list[str]
-    """Symbol version, or empty."""
+    """The symbol versions that occur; the first is empty: none."""
+    version: npt.NDArray[np.uint16]
+    """Indices into ``versions``."""
     default: npt.NDArray[np.bool_]
     """False: only meant where the version is asked for (``name@VERSION``)."""
     offsets: npt.NDArray[np.uint64]
@@ -91,6 +97,11 @@ class SymbolTable(NamedTuple):
     sizes: npt.NDArray[np.uint64]
     types: npt.NDArray[np.uint8]
     binds: npt.NDArray[np.uint8]
+
+    @staticmethod
+    def empty() -> SymbolTable:
+        words, small = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        return SymbolTable(Names(b""), [""], np.zeros(0, np.uint16), np.zeros(0, np.bool_), words, words, small, small)
 
 
 class ElfFile:
@@ -110,6 +121,8 @@ class ElfFile:
         self._fd = fd
         self.path = path
         self.size = os.fstat(fd).st_size
+        self.reads: list[tuple[int, int]] = []
+        """(offset, size) of all that was read, in order: what is made of the file depends on nothing else."""
         head = self._read(0, min(self.size, _EHDR.size), "header")
         if head[:4] != b"\x7fELF":
             raise ResolveError(
@@ -117,9 +130,10 @@ class ElfFile:
             )
         if len(head) < _EHDR.size:
             raise self._malformed("its header is cut off")
-        ident, kind, machine, _, self.entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, _ = _EHDR.unpack(
-            head
+        ident, kind, machine, _, self.entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, names = (
+            _EHDR.unpack(head)
         )
+        self._section_names = names
         if ident[5] == 1 and (ident[4] != 2 or machine != _EM_X86_64):
             name = _MACHINES.get(machine, f"machine {machine}") if machine != _EM_X86_64 else "x32"
             raise Unsupported(f"{path} is {name} code; this release probes x86-64 alone", reason="Architecture")
@@ -153,6 +167,7 @@ class ElfFile:
             raise ResolveError(f"{self.path} cannot be read: {e.strerror}") from e
         if len(data) != size:
             raise self._malformed("it changed while it was read")
+        self.reads.append((offset, size))
         return data
 
     def _table(self, offset: int, size: int, dtype: np.dtype[Any], what: str, limit: int = _MAX_TABLE) -> Table:
@@ -168,9 +183,56 @@ class ElfFile:
             count = int(self._table(offset, _SHDR.itemsize, _SHDR, "section headers")["size"][0])
         return self._table(offset, count * _SHDR.itemsize, _SHDR, "section headers")
 
-    def read_code(self, offset: int, size: int) -> bytes:
-        """Returns the file's bytes at an offset in code. Raises ResolveError beyond the file's end."""
-        return self._read(offset, size, "code", _MAX_SMALL)
+    def section(self, name: str, limit: int = _MAX_TABLE) -> tuple[bytes, int] | None:
+        """Returns a section's bytes and its virtual address, or None where there is none of that name.
+
+        Raises:
+            ResolveError: it is malformed, or longer than ``limit`` bytes.
+        """
+        row = self._section_row(name)
+        if row is None or int(row["type"]) == _SHT_NOBITS:
+            return None
+        return self._read(int(row["offset"]), int(row["size"]), name, limit), int(row["addr"])
+
+    def section_address(self, name: str) -> int | None:
+        """Returns a section's virtual address, or None where there is none of that name."""
+        row = self._section_row(name)
+        return None if row is None else int(row["addr"])
+
+    def _section_row(self, name: str) -> Any:
+        return self._named_sections.get(name)
+
+    @functools.cached_property
+    def _named_sections(self) -> dict[str, Any]:
+        if self._section_names >= len(self._sections):
+            return {}
+        link = self._sections[self._section_names]
+        try:
+            strings = self._read(int(link["offset"]), int(link["size"]), "section names", _MAX_SMALL)
+        except ResolveError:
+            return {}
+        found: dict[str, Any] = {}
+        for row in self._sections[:_MAX_SEGMENTS]:
+            at = int(row["name"])
+            name = strings[at : at + 64].split(b"\0", 1)[0]
+            if name and int(row["type"]):
+                found.setdefault(name.decode("latin-1"), row)
+        return found
+
+    def eh_frame_hdr(self) -> tuple[bytes, int] | None:
+        """Returns the table of PT_GNU_EH_FRAME and its virtual address, or None where there is none."""
+        for row in self._segments[self._segments["type"] == _PT_GNU_EH_FRAME][:1]:
+            return self._read(int(row["offset"]), int(row["filesz"]), "unwind table"), int(row["vaddr"])
+        return None
+
+    def read_at(self, vaddr: int, size: int) -> bytes:
+        """Returns up to ``size`` bytes of the file at a virtual address: fewer where its segment ends, none outside."""
+        for row in self._segments[self._segments["type"] == _PT_LOAD]:
+            at = vaddr - int(row["vaddr"])
+            if 0 <= at < int(row["filesz"]):
+                offset = at + int(row["offset"])
+                return self._read(offset, min(size, int(row["filesz"]) - at, max(0, self.size - offset)), "segment")
+        return b""
 
     # --- segments
 
@@ -209,11 +271,17 @@ class ElfFile:
 
     # --- identity
 
-    def build_id(self) -> str:
-        """Returns the GNU build-id in hex, or an empty string."""
-        for row in self._segments[self._segments["type"] == _PT_NOTE][:_MAX_NOTES]:
+    def build_id(self, sections: bool = False) -> str:
+        """Returns the GNU build-id in hex, or an empty string.
+
+        Args:
+            sections: look for it in the sections, since the segments of a separate debug file lead nowhere.
+        """
+        rows = self._sections if sections else self._segments
+        size = "size" if sections else "filesz"
+        for row in rows[rows["type"] == (_SHT_NOTE if sections else _PT_NOTE)][:_MAX_NOTES]:
             try:
-                notes = self._read(int(row["offset"]), int(row["filesz"]), "notes", _MAX_SMALL)
+                notes = self._read(int(row["offset"]), int(row[size]), "notes", _MAX_SMALL)
             except ResolveError:
                 continue
             align = 8 if row["align"] == 8 else 4
@@ -270,6 +338,16 @@ class ElfFile:
                     found.append(offset)
         return sorted(found)
 
+    def relative_relocation(self, vaddr: int) -> int | None:
+        """Returns what the loader writes to an address, less the load address; None where it writes nothing (relative)."""
+        dynamic = self._dynamic()
+        at = self._any_offset(dynamic[_DT_RELA]) if dynamic.get(_DT_RELA) else None
+        if at is None:
+            return None
+        table = self._table(at, dynamic.get(_DT_RELASZ, 0), _RELA, "relocations")
+        found = table[(table["offset"] == vaddr) & (table["info"] == _R_X86_64_RELATIVE)]
+        return int(found["addend"][0]) if len(found) else None
+
     def _any_offset(self, vaddr: int) -> int | None:
         for row in self._segments[self._segments["type"] == _PT_LOAD]:
             if 0 <= vaddr - int(row["vaddr"]) < int(row["filesz"]):
@@ -283,25 +361,29 @@ class ElfFile:
         """False: it was stripped."""
         return bool((self._sections["type"] == _SHT_SYMTAB).any())
 
-    def symbols(self) -> SymbolTable | None:
-        """Returns .symtab's symbols in code, or None where there is none. Raises ResolveError where it is malformed."""
-        return self._symbols(_SHT_SYMTAB, lambda count: None)
+    def symbols(self, program: ElfFile | None = None) -> SymbolTable | None:
+        """Returns .symtab's symbols in code, or None where there is none. Raises ResolveError where it is malformed.
+
+        Args:
+            program: the file that this one was taken from as its debug file: what is there is told by the offsets there.
+        """
+        return self._symbols(_SHT_SYMTAB, lambda count: None, (program or self).segments)
 
     def dynamic_symbols(self) -> SymbolTable | None:
         """Returns .dynsym's symbols in code, with their versions. Raises ResolveError where it is malformed."""
-        return self._symbols(_SHT_DYNSYM, self._version_numbers)
+        return self._symbols(_SHT_DYNSYM, self._version_numbers, self.segments)
 
-    def imports(self) -> frozenset[str]:
+    def imports(self) -> Names:
         """Returns the names of functions that other files must define, as .dynsym has them."""
         found = self._symbol_rows(_SHT_DYNSYM)
         if found is None:
-            return frozenset()
+            return Names(b"")
         table, strings = found
         undefined = (table["shndx"] == 0) & (table["name"] != 0) & (table["name"] < len(strings))
         undefined &= np.isin(table["info"] & 15, (NOTYPE, FUNC))
-        return frozenset(self._names(table["name"][undefined], strings))
+        return self._names(table["name"][undefined], strings)
 
-    def _symbol_rows(self, kind: int) -> tuple[Table, Table] | None:
+    def _symbol_rows(self, kind: int) -> tuple[Table, bytes] | None:
         """Returns the first symbol table of a section type, and its strings' bytes."""
         found = self._sections[self._sections["type"] == kind]
         if not len(found):
@@ -312,35 +394,39 @@ class ElfFile:
         if link >= len(self._sections):
             raise self._malformed("its symbol table has no names")
         names = self._sections[link]
-        return table, self._table(int(names["offset"]), int(names["size"]), np.dtype("u1"), "symbol names")
+        return table, self._read(int(names["offset"]), int(names["size"]), "symbol names")
 
-    def _symbols(self, kind: int, numbers: Callable[[int], npt.NDArray[np.uint16] | None]) -> SymbolTable | None:
+    def _symbols(
+        self, kind: int, numbers: Callable[[int], npt.NDArray[np.uint16] | None], segments: Sequence[Segment]
+    ) -> SymbolTable | None:
         found = self._symbol_rows(kind)
         if found is None:
             return None
         table, strings = found
         versions = numbers(len(table))
-        offsets, in_code = self._code_offsets(table)
+        offsets, in_code = self._code_offsets(table, segments)
         in_code &= table["name"] < len(strings)
         keep = np.flatnonzero(in_code)
         table, offsets = table[keep], offsets[keep]
-        texts = self._names(table["name"], strings)
         if versions is None:
-            labels, default = [""] * len(texts), np.ones(len(texts), np.bool_)
-            for i, text in enumerate(texts):  # a static link leaves the version in the name
-                if "@" in text:
-                    texts[i], _, version = text.partition("@")
-                    default[i] = version[:1] == "@" or not version
-                    labels[i] = version.lstrip("@")
+            names, labels, version, default = self._names_with_versions(table["name"], strings)
         else:
-            versions = versions[keep]
-            definitions = self._version_names()
-            labels = [definitions.get(n, "") for n in (versions & _VERSION_INDEX).tolist()]
-            default = (versions & _VERSION_HIDDEN) == 0
+            names = self._names(table["name"], strings)
+            labels, version = self._version_labels((versions[keep] & _VERSION_INDEX).astype(np.uint16))
+            default = (versions[keep] & _VERSION_HIDDEN) == 0
         kinds, binds = (column.astype(np.uint8) for column in (table["info"] & 15, table["info"] >> 4))
-        return SymbolTable(texts, labels, default, offsets, table["size"], kinds, binds)
+        return SymbolTable(names, labels, version, default, offsets, table["size"].copy(), kinds, binds)
 
-    def _code_offsets(self, table: Table) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    def _version_labels(self, numbers: npt.NDArray[np.uint16]) -> tuple[list[str], npt.NDArray[np.uint16]]:
+        """Returns the version names, and for each symbol which it has."""
+        known = sorted((n, name) for n, name in self._version_names().items() if n <= _VERSION_INDEX)
+        lookup = np.zeros(_VERSION_INDEX + 1, np.uint16)
+        lookup[[n for n, _ in known]] = np.arange(1, len(known) + 1, dtype=np.uint16)
+        return ["", *(name for _, name in known)], lookup[numbers]
+
+    def _code_offsets(
+        self, table: Table, segments: Sequence[Segment]
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
         """Returns file offsets, and which symbols are defined, of a type that code has, and in a code segment."""
         kinds = table["info"] & 15
         keep = np.isin(kinds, (NOTYPE, FUNC, IFUNC)) & (table["shndx"] != 0) & (table["name"] != 0)
@@ -352,28 +438,51 @@ class ElfFile:
         keep &= executable[index]
         offsets = np.zeros(len(table), np.uint64)
         inside = np.zeros(len(table), np.bool_)
-        for s in self.segments:
+        for s in segments:
             here = (table["value"] >= np.uint64(s.vaddr)) & (table["value"] - np.uint64(s.vaddr) < np.uint64(s.filesz))
             offsets[here] = table["value"][here] - np.uint64(s.vaddr) + np.uint64(s.offset)
             inside |= here
         return offsets, keep & inside
 
-    def _names(self, starts: npt.NDArray[np.uint32], strings: npt.NDArray[np.uint8]) -> list[str]:
-        if not len(starts):
-            return []
+    def _spans(
+        self, starts: npt.NDArray[np.uint32], data: bytes
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns where names begin and end in a string table."""
+        strings = np.frombuffer(data, np.uint8)
         if len(strings) - np.count_nonzero(strings) > _MAX_SYMBOLS + _MAX_SMALL:
             raise self._malformed("its symbols' names are empty")
         nuls = np.flatnonzero(strings == 0)
         which = np.searchsorted(nuls, starts)
-        if not len(nuls) or int(which.max()) >= len(nuls):
+        if len(starts) and (not len(nuls) or int(which.max()) >= len(nuls)):
             raise self._malformed("a symbol's name does not end")
-        ends = nuls[which]
+        ends = nuls[which] if len(starts) else np.zeros(0, np.int64)
         # Names may share bytes, but honest ones do not share them often.
-        if int((ends - starts).sum()) > 8 * len(strings) + _MAX_SMALL:
+        if int((ends - starts).sum()) > min(8 * len(strings) + _MAX_SMALL, _MAX_TABLE):
             raise self._malformed("its symbols' names are too long")
-        data = strings.tobytes()
-        spans = zip(starts.tolist(), ends.tolist(), strict=True)
-        return [data[a:b].decode("utf-8", "backslashreplace") for a, b in spans]
+        return starts.astype(np.int64), ends
+
+    def _names(self, starts: npt.NDArray[np.uint32], strings: bytes) -> Names:
+        return Names.gather(strings, *self._spans(starts, strings)) if len(starts) else Names(b"")
+
+    def _names_with_versions(
+        self, starts: npt.NDArray[np.uint32], data: bytes
+    ) -> tuple[Names, list[str], npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
+        """Returns names, versions, the version of each and whether it is the default: a static link leaves them in the
+        names, as ``name@@VERSION``."""
+        begins, ends = self._spans(starts, data)
+        version, default = np.zeros(len(begins), np.uint16), np.ones(len(begins), np.bool_)
+        labels: dict[str, int] = {"": 0}
+        ats = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("@")) if b"@" in data else np.zeros(0, np.int64)
+        if len(ats):
+            first = ats[np.minimum(np.searchsorted(ats, begins), len(ats) - 1)]
+            for i in np.flatnonzero((first >= begins) & (first < ends)).tolist():
+                text = data[int(first[i]) + 1 : int(ends[i])].decode("utf-8", "backslashreplace")
+                default[i] = text[:1] == "@" or not text
+                label = text.lstrip("@")
+                if len(labels) <= _MAX_VERSIONS:
+                    version[i] = labels.setdefault(label, len(labels))
+                ends[i] = first[i]
+        return Names.gather(data, begins, ends), list(labels), version, default
 
     def _version_numbers(self, count: int) -> npt.NDArray[np.uint16] | None:
         found = self._sections[self._sections["type"] == _SHT_VERSYM]

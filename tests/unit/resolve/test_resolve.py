@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import struct
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests.support import needs
 from tests.support.children import Child, python
 from tests.unit.symbols.programs import BUILDS, VERSIONED, build, strip
-from tests.unit.symbols.test_elf import libc
+from tests.unit.symbols.test_elf import libc, out
 from trapline.errors import Ambiguous, NotFound, PermissionDenied, ResolveError, Unsupported
 from trapline.model import Capture, TargetState
 from trapline.spec import parse_probe
@@ -84,14 +85,33 @@ def test_offsets_are_checked_by_decoding(resolver: Resolver, tmp_path: Path) -> 
 @needs.binutils
 def test_offsets_in_a_stripped_program(resolver: Resolver, tmp_path: Path) -> None:
     path = build(tmp_path)
-    label = plan_of(resolver, f"{path}:asm_label").plans[0].offset
+    visible, label = (plan_of(resolver, f"{path}:{name}").plans[0].offset for name in ("visible", "asm_label"))
     stripped = strip(path)
-    assert plan_of(resolver, f"{stripped}:0x{label:x}").sites == [f"program-stripped:0x{label:x}"]
-    with pytest.raises(Unsupported) as e:
-        plan_of(resolver, f"{stripped}:0x{label + 3:x}")
-    assert e.value.reason == "MidInstruction"
+    ends = instruction_ends(path, "visible")
+    for end in ends[:-1]:  # the frame description of its function says where decoding may begin
+        assert plan_of(resolver, f"{stripped}:0x{visible + end:x}").sites == [f"program-stripped:0x{visible + end:x}"]
+    for inside in sorted(set(range(1, ends[-1])) - set(ends)):
+        with pytest.raises(Unsupported) as e:
+            plan_of(resolver, f"{stripped}:0x{visible + inside:x}")
+        assert e.value.reason == "MidInstruction"
+    for offset in (label, label + 3):  # assembler without .cfi_startproc: nothing says where it begins
+        with pytest.raises(Unsupported) as e:
+            plan_of(resolver, f"{stripped}:0x{offset:x}")
+        assert e.value.reason == "UnknownBoundary"
+    assert plan_of(resolver, f"ur:{stripped}:0x{visible:x}").plans[0].offset == visible
+    for offset, reason in ((visible + ends[0], "NotAFunction"), (label, "UnknownBoundary")):
+        with pytest.raises(Unsupported) as e:
+            plan_of(resolver, f"ur:{stripped}:0x{offset:x}")
+        assert e.value.reason == reason
     with pytest.raises(NotFound, match="no symbol `visible` in program-stripped"):
         plan_of(resolver, f"{stripped}:visible")
+
+
+def instruction_ends(path: Path, function: str) -> list[int]:
+    """Where objdump says that the instructions of a function end, from its beginning."""
+    listing = out("objdump", "-d", "--wide", "--no-show-raw-insn", f"--disassemble={function}", path)
+    addresses = [int(a, 16) for a in re.findall(r"^ +([0-9a-f]+):\t", listing, re.M)]
+    return [a - addresses[0] for a in addresses[1:]]
 
 
 @needs.gcc
@@ -170,8 +190,10 @@ def test_unknown_symbols_suggest(resolver: Resolver) -> None:
 
 
 def test_not_in_this_release_is_refused_here_too(resolver: Resolver) -> None:
-    with pytest.raises(Unsupported, match="not in this release"):
-        plan_of(resolver, f"usdt:{libc()}:malloc")
+    for text in (f"{libc()}:malloc.c:100", f"usdt:{libc()}:malloc {{arg0}}"):
+        with pytest.raises(Unsupported, match="not in this release") as e:
+            plan_of(resolver, text)
+        assert e.value.caret()
     with pytest.raises(Unsupported, match="one file"):
         plan_of(resolver, "*:0x1000")
 

@@ -60,3 +60,13 @@ def strip(program: Path, *flags: str) -> Path:
     result = run(["strip", *flags, "-o", output, program])
     assert result.returncode == 0, result.stderr
     return output
+
+
+def build_with(compiler: str, directory: Path, source: str, name: str, *flags: str) -> Path:
+    """Compiles ``source``, kept as ``name``, by ``g++`` or ``rustc``. Raises AssertionError with the compiler's words."""
+    code = directory / name
+    code.write_text(source)
+    output = code.with_suffix("")
+    result = run([compiler, *flags, code, "-o", output])
+    assert result.returncode == 0, result.stderr
+    return output

@@ -71,7 +71,7 @@ def nm_code(path: Path, *flags: str) -> dict[tuple[str, int], str]:
 def test_real_libraries_as_nm_reads_them(which: str) -> None:
     path = libc() if which == "libc" else PYTHON
     index = index_of(path)
-    mine = {(s.name, s.offset) for s in index._symbols}
+    mine = {(s.name, s.offset) for s in index}
     assert set(nm_code(path, "-D")) <= mine
     assert len(mine) > 1000
     notes = out("readelf", "-n", path)
@@ -87,7 +87,7 @@ def test_real_libraries_as_nm_reads_them(which: str) -> None:
 def test_every_build(how: str, tmp_path: Path) -> None:
     path = build(tmp_path, *BUILDS[how])
     index = index_of(path)
-    mine = {(s.name, s.offset) for s in index._symbols}
+    mine = {(s.name, s.offset) for s in index}
     theirs = nm_code(path)
     assert set(theirs) <= mine
     assert [(s.offset, s.vaddr, s.filesz) for s in index.segments] == executable_loads(path)
@@ -220,7 +220,7 @@ def _reads_or_refuses(data: bytes) -> None:
             return
     for segment in index.segments:
         assert segment.end <= len(data)
-    for symbol in index._symbols[:50]:
+    for symbol in list(index)[:50]:
         assert index.segment_at(symbol.offset)
         assert index.find(symbol.name)
         index.end_of(symbol)

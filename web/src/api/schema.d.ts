@@ -1433,6 +1433,34 @@ export interface components {
              * @default 0
              */
             symbol_offset: number;
+            /**
+             * Demangled
+             * @description The symbol as the source language writes it (C++, Rust); empty where that is the same.
+             * @default
+             */
+            demangled: string;
+            /**
+             * Aliases
+             * @description Other symbols of the same place: aliases, and functions that were folded together; a probe hits for all of them.
+             */
+            aliases: string[];
+            /**
+             * File
+             * @description Source file, where a line was asked for.
+             * @default
+             */
+            file: string;
+            /**
+             * Line
+             * @default 0
+             */
+            line: number;
+            /**
+             * Arguments
+             * @description Of a USDT probe: its arguments as the file describes them, ``8@%rdi -4@-20(%rbp)``.
+             * @default
+             */
+            arguments: string;
             /** Offset */
             offset: number;
             /**
@@ -1565,6 +1593,12 @@ export interface components {
         Symbol: {
             /** Name */
             name: string;
+            /**
+             * Demangled
+             * @description As the source language writes it (C++, Rust); empty where that is the same.
+             * @default
+             */
+            demangled: string;
             /** Module */
             module: string;
             /**

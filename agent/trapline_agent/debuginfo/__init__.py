@@ -1,0 +1,1 @@
+"""What debug information says of code: functions, lines, variables and where they are, types."""
