@@ -342,8 +342,12 @@ class Session:
         print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
         for probe, traced in self._probes.items():
             stats = traced.run.stats
-            if stats and (text := unreturned(stats.calls, stats.hits + stats.limited, stats.unreturned)):
+            if stats and (
+                text := unreturned(stats.calls, stats.hits + stats.filtered + stats.limited, stats.unreturned)
+            ):
                 note(f"{probe}: of {stats.calls:,} calls, not seen to return: {text}")
+            if stats and stats.filtered:
+                note(f"{probe}: {stats.filtered:,} more did not match the condition")
             if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
                 note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
 
