@@ -258,9 +258,9 @@ class ExpressionReader:
         if name:
             if len(name) > 64:
                 self.fail("the column's name is longer than 64 characters", at)
-            if name in _RESERVED_COLUMNS:
-                self.fail(f"`{name}` is a column that every hit has", at, hint="choose another name")
             capture.name = name
+        if capture.name in _RESERVED_COLUMNS:
+            self.fail(f"`{capture.name}` is a column that every hit has", at, hint="choose another name: `other=...`")
         if any(c.name == capture.name for c in captures):
             self.fail(f"two captured values are called `{capture.name}`", at, hint="name one: `other=...`")
         if len(captures) == MAX_CAPTURES:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.errors import NoDebugInfo, NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
@@ -303,10 +303,13 @@ class Resolver:
         """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
         probe's text."""
         segment = index.segment_at(place.offset)
-        debug, scope = None, None
+        debug, scope, unread = None, None, None
         if self._redact is not None or needs_scope(spec.captures, spec.condition, spec.kind):
-            debug = self._debug(file)
-            scope = None if debug is None else debug.scope(place.offset)
+            try:
+                debug = self._debug(file)
+                scope = None if debug is None else debug.scope(place.offset)
+            except TraplineError as e:
+                unread = e  # it matters only where something is called by its name
         symbol = place.symbol.name if place.symbol else ""
         constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}
         if scope is not None:
@@ -331,6 +334,8 @@ class Resolver:
                 ),
             )
         except TraplineError as e:
+            if isinstance(e, NoDebugInfo) and unread is not None:
+                raise unread from e
             if e.text and e.position is not None:
                 e.text, e.position = spec.text, place_of(spec, e.text) + e.position
             raise

@@ -37,6 +37,8 @@ from trapline.errors import NotFound, SpecError, TraplineError
 from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
 from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
+from trapline.state import state_dir
+from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
@@ -234,7 +236,8 @@ class Session:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
                 try:
-                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid))
+                    debug = DebugFiles(state_dir()).of
+                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid, debug=debug))
                 finally:
                     await self._keeper.stop()
             finally:

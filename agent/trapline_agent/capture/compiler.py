@@ -25,7 +25,6 @@ from trapline_agent.capture.typed import (
     described,
     element,
     followed,
-    is_character,
     is_scalar,
     kind_of_number,
     length,
@@ -94,7 +93,9 @@ class Compiler:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._types = Types(site.debug)
+        scope = site.scope
+        variables = () if scope is None else (*scope.function.parameters, *scope.variables)
+        self._types = Types(site.debug, [v.type for v in variables])
         self._entry = False
         """Inside of ``entry(...)``."""
 
@@ -299,7 +300,7 @@ class Compiler:
                 hint=hint,
                 reason="NoDebugInfo",
             )
-        near = difflib.get_close_matches(name, [*there, *CONTEXT], cutoff=0.5)
+        near = difflib.get_close_matches(name, dict.fromkeys((*there, *CONTEXT)), cutoff=0.5)
         if register := register_named(name):
             near.append(f"reg.{register}")
         where = site.scope.function.name if site.scope else site.symbol
@@ -537,12 +538,7 @@ class Compiler:
         if operand.type.kind == "enum":
             return Names(number(operand), tuple((n, name.encode()) for name, n in operand.type.enumerators))
         if operand.type.kind in ("pointer", "array"):
-            target = self._types.of(operand.type.target)
-            if target.kind == "void" or target.size == 1 or is_character(target):
-                return Text(self._address(operand), limit)
-            raise SpecError(
-                f"a pointer to {described(target)} is no text", hint="if it is one: `str(cast(p, 'char *'))`"
-            )
+            return Text(self._address(operand), limit)
         if is_scalar(operand.type) and kind_of_number(operand.type) == "u64" and operand.type.size == 8:
             return Text(number(operand), limit)
         raise SpecError(f"{described(operand.type)} is no text")

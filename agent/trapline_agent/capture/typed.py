@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from trapline.errors import NoDebugInfo, NotFound, SpecError, Unsupported
@@ -16,6 +17,7 @@ MAX_STRING_BYTES = 4096
 DEFAULT_STRING_BYTES = 64
 _MAX_MEMBERS = 4096
 _MAX_FOLLOWED = 32
+_MAX_REACHED = 4096
 VOID = Type("void", "void")
 
 _BASES: dict[str, Type] = {
@@ -49,8 +51,14 @@ _BASES |= {
 class Types:
     """The types of one file, and those that are made of them here."""
 
-    def __init__(self, debug: DebugInfo | None) -> None:
+    def __init__(self, debug: DebugInfo | None, known: Iterable[TypeRef | None] = ()) -> None:
+        """
+        Args:
+            debug: the file's.
+            known: types of what can be named at the site: ``named`` looks at what they lead to.
+        """
         self._debug = debug
+        self._known = [ref for ref in known if ref is not None]
         self._made: dict[TypeRef, Type] = {}
         """By numbers below zero."""
 
@@ -85,16 +93,33 @@ class Types:
         for prefix in ("struct ", "class ", "union ", "enum "):
             plain = plain.removeprefix(prefix).strip()
         found = _BASES.get(name)
-        if found is None and self._debug is not None and (ref := self._debug.named(plain)) is not None:
-            found = self._debug.type(ref)
         if found is None:
-            why = "the debug information has no such type" if self._debug else "there is no debug information"
+            found = self._reachable(plain)
+        if found is None:
+            why = "no parameter or variable leads to it" if self._known else "there is no debug information"
             raise NotFound(
                 f"no type `{name}`: {why}", hint="known everywhere are u8 to u64, i8 to i64, f32, f64, char, void"
             )
         for _ in range(stars):
             found = self.pointer_to(found)
         return found
+
+    def _reachable(self, name: str) -> Type | None:
+        """Looks for a type among those that the site's variables lead to, the nearest first."""
+        queue: deque[TypeRef] = deque(self._known)
+        seen = set(queue)
+        incomplete: Type | None = None
+        while queue and len(seen) <= _MAX_REACHED:
+            found = self.of(queue.popleft())
+            if name in (found.name, found.alias) and found.kind != "pointer":
+                if found.size:
+                    return found
+                incomplete = found
+            for ref in (found.target, *(m.type for m in found.members)):
+                if ref is not None and ref not in seen:
+                    seen.add(ref)
+                    queue.append(ref)
+        return incomplete
 
 
 @dataclass(frozen=True)

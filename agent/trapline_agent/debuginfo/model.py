@@ -148,9 +148,6 @@ class DebugInfo(Protocol):
     def variable(self, name: str) -> Variable | None:
         """A global or static variable, by its name in the source."""
 
-    def named(self, name: str) -> TypeRef | None:
-        """A type by its name in the source: ``foo`` finds ``struct foo`` and a typedef. None where there is none."""
-
     def line(self, file: str, line: int) -> list[LinePlace]:
         """The places of a source line, one for each function or copy. ``file`` is a path's end. Raises NotFound, with
         the files or lines that are near."""

@@ -79,16 +79,12 @@ class Facts:
             GO_STRING: Type("struct", "string", 16, members=(Member("str", CHARS, 0), Member("len", LONG, 8))),
         }
         self.globals: dict[str, Variable] = {}
-        self.names = {"request": REQUEST, "pair": PAIR, "node": NODE}
 
     def type(self, ref: TypeRef) -> Type:
         return self.types[ref]
 
     def variable(self, name: str) -> Variable | None:
         return self.globals.get(name)
-
-    def named(self, name: str) -> TypeRef | None:
-        return self.names.get(name)
 
     def scope(self, offset: int) -> Scope | None:
         return None
