@@ -17,6 +17,8 @@ want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2
 command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || missing="$missing chromium"
+[ -d /usr/lib/debug/.build-id ] || missing="$missing libc6-dbg"
+command -v python3.11-dbg >/dev/null 2>&1 || missing="$missing python3-dbg"
 [ -e /usr/include/stdio.h ] || case "$missing" in *libc6-dev*) ;; *) missing="$missing libc6-dev" ;; esac
 [ -n "$missing" ] || exit 0
 

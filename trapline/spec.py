@@ -127,8 +127,8 @@ def require_supported(spec: ProbeSpec) -> None:
 
 
 def place_of(spec: ProbeSpec, expression: str) -> int:
-    """Returns where an expression of a probe, captured or a condition, begins in its canonical text."""
-    at = 0
+    """Returns where an expression of a probe, captured or a condition, begins in its text."""
+    at, spec = 0, parse_probe(spec.text)  # a selector may have been added since
     for label, piece in _pieces(spec):
         if label == "condition" and spec.condition == expression:
             return at + len(piece) - len(expression)

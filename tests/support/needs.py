@@ -115,6 +115,20 @@ def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")
 
 
+@_need("libc-debug", "apt-get install libc6-dbg")
+def libc_debug() -> str:
+    return (
+        ""
+        if any(Path("/usr/lib/debug/.build-id").glob("*/*.debug"))
+        else "there is nothing in /usr/lib/debug/.build-id"
+    )
+
+
+@_need("python-debug", "apt-get install python3-dbg")
+def python_debug() -> str:
+    return _runs("/usr/bin/python3.11-dbg", "-c", "")
+
+
 @_need("strace", "apt-get install strace")
 def strace() -> str:
     return _runs("strace", "-qq", "-o", "/dev/null", "true")

@@ -26,7 +26,7 @@ def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY, site: 
     """
     fetches, program = compiled(captures, "", replace(site, kind=kind))
     if program is not None:
-        raise Unsupported("this takes a program", reason="NotPlain")
+        raise Unsupported("these captures are more than plain fetches")
     return fetches
 
 
