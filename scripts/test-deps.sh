@@ -10,6 +10,7 @@ want() { # command package...
 want gcc gcc libc6-dev
 want g++ g++
 want go golang-go
+want rustc rustc
 want readelf binutils
 want gdb gdb
 want strace strace

@@ -100,6 +100,11 @@ def go() -> str:
     return _runs("go", "version")
 
 
+@_need("rustc", "apt-get install rustc")
+def rustc() -> str:
+    return _runs("rustc", "--version")
+
+
 @_need("musl", "apt-get install musl-tools")
 def musl() -> str:
     return _runs("musl-gcc", "--version")

@@ -463,10 +463,10 @@ class Reader:
         named: dict[int, Die] = {}
         for chain in self._named(_last(function)):
             die = chain[-1]
-            if die.tag == dw.TAG_subprogram and die.dwarf == self._main.dwarf.handle:
-                if _is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
-                    named[die.offset] = die
-                    named |= {d.offset: d for d in self._described(die, chain[0])}
+            if die.tag != dw.TAG_subprogram or die.dwarf != self._main.dwarf.handle:
+                continue
+            if _is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
+                named |= {d.offset: d for d in (die, *self._described(die, chain[0]))}
         # With link time optimisation, dwz and Go what refers to them is in other units, by the section's offset.
         elsewhere = list(self._referring(named))
         named |= {die.offset: die for die in elsewhere if die.tag == dw.TAG_subprogram}
@@ -568,10 +568,9 @@ class Reader:
 
     def _line_at(self, unit: Die, pc: int) -> tuple[str, int] | None:
         try:
-            self._lines(unit)
+            found = self._lines(unit).at(pc)
         except NoDebugInfo:
             return None
-        found = unit.line_at(pc)
         if found is None:
             return None
         files = self._files(unit)
@@ -611,9 +610,9 @@ class Reader:
                     places[key] = rank, place
         if not places:
             raise NotFound(
-                f"no code at line {line} of {file} or behind it",
+                f"no code at line {line} of {file}, nor behind it in the same function",
                 reason="NoSuchLine",
-                hint="the function may have been inlined everywhere, or removed",
+                suggestions=[] if nearest is None else [f"{file}:{nearest}"],
             )
         return sorted((place for _, place in places.values()), key=lambda p: p.offset)
 
@@ -647,9 +646,11 @@ class Reader:
         chain = self._chain(unit, pc) if unit is not None else []
         function = next((die for die in chain if die.tag in _SKIPPED), None)
         if function is None:
+            if unit is None or unit.number(dw.AT_language) != dw.LANG_assembler:
+                return None  # a thunk of the compiler's own
             return -pc, (False, pc), LinePlace(offset, "", path, line, False)
         if line != asked and self._declared(function)[1] > asked:
-            return None  # the line is before the function, as gdb sees it too: nothing of it is meant
+            return None  # the line is before the function: nothing of it is meant
         # A part that was split off for being cold may lie before the function: it is the last choice.
         entry = function.entry()
         main = any(start <= pc < end and entry is not None and start <= entry < end for start, end in function.ranges())
@@ -680,7 +681,10 @@ class _Frame:
         self._base: Location | None = None
 
     def location(self, attribute: Attribute) -> Location:
-        steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
+        try:
+            steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
+        except NoDebugInfo as e:
+            return Location("unsupported", reason=f"a malformed location: {e.detail}")
         if steps is None:
             return expressions.OPTIMISED_OUT
         outer, self._attribute = self._attribute, attribute
