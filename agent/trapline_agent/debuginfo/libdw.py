@@ -313,7 +313,7 @@ class Lines:
 
     def at(self, pc: int) -> tuple[int, int] | None:
         """Returns the number of the file and the line of an address, as gdb does (symtab.c, find_pc_sect_line): of several
-        rows for one address the last, but rather one where a statement begins; what has no line belongs to what is before."""
+        rows for one address the last, but rather one where a statement begins; what has no line goes with what is before."""
         low, high = 0, self._count
         while low < high:
             middle = (low + high) // 2

@@ -18,6 +18,8 @@ from trapline_agent.debuginfo.model import Scope
 from trapline_agent.objects import on_disk
 from trapline_agent.symbols.index import SymbolIndex
 
+pytestmark = needs.libdw
+
 BUILDS = [
     pytest.param(language, level, marks=[mark, needs.gdb], id=f"{language}-{level}")
     for language, mark in (("c", needs.gcc), ("c++", needs.gxx), ("rust", needs.rustc), ("go", needs.go))
