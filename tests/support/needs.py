@@ -100,6 +100,25 @@ def go() -> str:
     return _runs("go", "version")
 
 
+@_need("rustc", "apt-get install rustc")
+def rustc() -> str:
+    return _runs("rustc", "--version")
+
+
+@_need("dwz", "apt-get install dwz")
+def dwz() -> str:
+    return _runs("dwz", "--version")
+
+
+@_need("libdw", "apt-get install libdw1")
+def libdw() -> str:
+    try:
+        ctypes.CDLL("libdw.so.1")
+    except OSError as e:
+        return str(e)
+    return ""
+
+
 @_need("musl", "apt-get install musl-tools")
 def musl() -> str:
     return _runs("musl-gcc", "--version")

@@ -81,6 +81,7 @@ AT_GNU_dwo_name: Final = 0x2130
 FORM_sdata: Final = 0x0D
 FORM_implicit_const: Final = 0x21
 OP_plus_uconst: Final = 0x23
+LANG_assembler: Final = 0x8001
 CC_nocall: Final = 0x03
 LANGUAGES: Final = {
     **dict.fromkeys((0x01, 0x02, 0x0C, 0x1D, 0x2C, 0x3E), "c"),

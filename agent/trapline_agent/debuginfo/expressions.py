@@ -88,7 +88,7 @@ def location(steps: Sequence[Step], frame: Frame) -> Location:
     try:
         return _Program(frame).run(steps)
     except _Gone:
-        return OPTIMISED_OUT
+        return Location("optimised-out", reason="only a caller's frame has it")
     except _Unsupported as e:
         return Location("unsupported", reason=str(e))
 

@@ -16,7 +16,7 @@ from trapline.errors import NoDebugInfo
 from trapline_agent.debuginfo import messages as m
 from trapline_agent.debuginfo.finder import DebugFinder, Found
 from trapline_agent.debuginfo.model import LinePlace, Scope, Type, TypeRef, Variable
-from trapline_agent.debuginfo.remote import NotRunning, RemoteReader
+from trapline_agent.debuginfo.remote import DEADLINE_S, NotRunning, RemoteReader
 from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.targets.process import text
 
@@ -38,13 +38,17 @@ log = logging.getLogger(__name__)
 class DebugFiles:
     """The debug information of the host's files. Any thread may ask; it may take seconds."""
 
-    def __init__(self, directory: Path | None = None, servers: Sequence[str] = (), root: str = "") -> None:
+    def __init__(
+        self, directory: Path | None = None, servers: Sequence[str] = (), root: str = "", deadline_s: float = DEADLINE_S
+    ) -> None:
         """
         Args:
             directory: the agent's state directory, for indexes and what servers send; None: neither.
             servers: URLs of debuginfod servers (debuginfod(8)).
             root: what stands before ``/usr/lib/debug`` on this host, for tests.
+            deadline_s: seconds that one question may take.
         """
+        self.deadline_s = deadline_s
         self._indexes = directory / "debuginfo" if directory is not None else None
         self._finder = DebugFinder(directory / "debuginfod" if directory is not None else None, servers, root)
         self._files: OrderedDict[_Stamp, FileDebugInfo] = OrderedDict()
@@ -171,10 +175,10 @@ class FileDebugInfo:
                 self._answers.move_to_end(request)
                 return self._answers[request]
             try:
-                answer = self._reader.ask(request, kind)
+                answer = self._reader.ask(request, kind, self._owner.deadline_s)
             except NotRunning:
                 self._start()
-                answer = self._reader.ask(request, kind)
+                answer = self._reader.ask(request, kind, self._owner.deadline_s)
             self._answers[request] = answer
             if len(self._answers) > _MAX_ANSWERS:
                 self._answers.popitem(last=False)
@@ -182,7 +186,7 @@ class FileDebugInfo:
 
     def _start(self) -> None:
         kept = _read(self._index)
-        made = self._reader.start(m.Open(self._segments, kept))
+        made = self._reader.start(m.Open(self._segments, kept), self._owner.deadline_s)
         if made is not None and self._index is not None:
             _write(self._index, made)
         self._owner.started(self)

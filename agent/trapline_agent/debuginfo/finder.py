@@ -141,7 +141,8 @@ class _Search:
     """One search, and what it looked at, for who must be told that it found nothing."""
 
     path: str
-    roots: Sequence[str]
+    roots: Sequence[tuple[str, str]]
+    """What stands before paths, and before /usr/lib/debug: the namespaces of those who map it first."""
     tried: list[str] = field(default_factory=list)
 
 
@@ -176,7 +177,7 @@ class DebugFinder:
             ResolveError: the file is no ELF file, or malformed.
         """
         sections = Sections(fd)
-        search = _Search(path, [*(f"/proc/{pid}/root" for pid in pids[:4]), self._root])
+        search = _Search(path, [*((f"/proc/{pid}/root",) * 2 for pid in pids[:4]), ("", self._root)])
         if sections.has_debug_info:
             found = self._with_alternate(Found(where=path), sections, search)
             return found, search.tried
@@ -199,15 +200,15 @@ class DebugFinder:
             yield from self._from_servers(build_id, search)
 
     def _by_build_id(self, build_id: str, search: _Search) -> Iterator[tuple[tuple[int, str], Sections]]:
-        for root in search.roots:
+        for _, root in search.roots:
             path = f"{root}{DEBUG_DIRECTORY}/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
             yield from self._opened(path, build_id, search)
 
     def _by_link(self, name: str, crc: int, search: _Search) -> Iterator[tuple[tuple[int, str], Sections]]:
         directory = os.path.dirname(search.path)
-        for root in search.roots:
-            for place in (directory, f"{directory}/.debug", f"{DEBUG_DIRECTORY}{directory}"):
-                path = f"{root}{place}/{name}"
+        for root, debug in search.roots:
+            for place in (f"{root}{directory}", f"{root}{directory}/.debug", f"{debug}{DEBUG_DIRECTORY}{directory}"):
+                path = f"{place}/{name}"
                 for opened in self._opened(path, None, search):
                     if _crc(opened[0][0]) == crc:
                         yield opened
@@ -221,9 +222,7 @@ class DebugFinder:
             if path is not None:
                 yield from self._opened(str(path), build_id, search)
 
-    def _opened(
-        self, path: str, build_id: str | None, search: _Search, *, info: bool = True
-    ) -> Iterator[tuple[tuple[int, str], Sections]]:
+    def _opened(self, path: str, build_id: str | None, search: _Search) -> Iterator[tuple[tuple[int, str], Sections]]:
         """Yields an open file if it is the right one."""
         search.tried.append(path)
         try:
@@ -234,7 +233,7 @@ class DebugFinder:
             return
         try:
             sections = Sections(fd)
-            right = (not info or sections.has_debug_info) and build_id in (None, sections.build_id())
+            right = sections.has_debug_info and build_id in (None, sections.build_id())
         except ResolveError:
             right = False
         if right:
@@ -252,15 +251,14 @@ class DebugFinder:
         if link is None:
             return found
         name, build_id = link
-        paths = [name] if name.startswith("/") else [os.path.join(os.path.dirname(found.where), name)]
-        paths += [
-            f"{DEBUG_DIRECTORY}/.dwz/{os.path.basename(name)}",
-            f"{DEBUG_DIRECTORY}/.build-id/{build_id[:2]}/{build_id[2:]}.debug",
-        ]
-        for root in search.roots:
-            for path in paths:
-                inside = path if root and path.startswith(f"{root}/") else f"{root}{path}"
-                for (fd, _), _ in self._opened(inside, build_id, search):
+        beside = os.path.join(os.path.dirname(found.where), name)
+        for root, debug in search.roots:
+            for path in (
+                f"{root}{name}" if name.startswith("/") else beside,
+                f"{debug}{DEBUG_DIRECTORY}/.dwz/{os.path.basename(name)}",
+                f"{debug}{DEBUG_DIRECTORY}/.build-id/{build_id[:2]}/{build_id[2:]}.debug",
+            ):
+                for (fd, _), _ in self._opened(path, build_id, search):
                     found.alternate = fd
                     return found
         for (fd, _), _ in self._from_servers(build_id, search):

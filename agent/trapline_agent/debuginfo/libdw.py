@@ -15,6 +15,8 @@ from trapline.errors import NoDebugInfo, Unsupported
 
 _ELF_C_READ_MMAP: Final = 8
 _DWARF_C_READ: Final = 0
+_FORM_BLOCK1: Final = 0x0A
+_FORM_EXPRLOC: Final = 0x18
 _MAX_NAME: Final = 4096
 _MAX_RANGES: Final = 100_000
 
@@ -196,22 +198,20 @@ class Die(ctypes.Structure):
             raise NoDebugInfo(f"no line table: {error()}")
         return Lines(table, count.value)
 
-    def line_at(self, pc: int) -> tuple[int, int] | None:
-        """Of a unit's entry: returns the number of the file, and the line, of an address."""
-        line = _f.dwarf_getsrc_die(byref(self), pc)
-        if not line:
-            return None
-        number, file = c_int(), c_size_t()
-        _f.dwarf_lineno(line, byref(number))
-        _f.dwarf_line_file(line, byref(c_void_p()), byref(file))
-        return file.value, number.value
-
 
 class Attribute:
     """An attribute's value."""
 
     def __init__(self, c: _Attribute) -> None:
         self._c = c
+
+    def _as_expression(self) -> _Attribute:
+        """Returns the attribute for who wants an expression. Since DWARF 4 that has a form of its own, and libdw takes no
+        other; Go writes a block, which is the same bytes where its length fits into seven bits."""
+        block = _Block()
+        if self._c.form == _FORM_BLOCK1 and _f.dwarf_formblock(byref(self._c), byref(block)) == 0 < block.length < 128:
+            return _Attribute(self._c.code, _FORM_EXPRLOC, self._c.valp, self._c.cu)
+        return self._c
 
     @property
     def form(self) -> int:
@@ -249,16 +249,18 @@ class Attribute:
     def expression(self) -> list[Operation] | None:
         """Returns the expression that holds everywhere; None: it is not one."""
         ops, count = POINTER(Operation)(), c_size_t()
-        if _f.dwarf_getlocation(byref(self._c), byref(ops), byref(count)) != 0:
+        if _f.dwarf_getlocation(byref(self._as_expression()), byref(ops), byref(count)) != 0:
             return None
         return [ops[i] for i in range(min(count.value, 4096))]
 
     def expression_at(self, pc: int) -> list[Operation] | None:
-        """Returns the expression that holds at an address; None: there is none. Raises Unsupported."""
+        """Returns the expression that holds at an address; None: there is none. Raises NoDebugInfo."""
         ops, count = POINTER(Operation)(), c_size_t()
-        found = _f.dwarf_getlocation_addr(byref(self._c), pc, byref(ops), byref(count), 1)
+        found = _f.dwarf_getlocation_addr(byref(self._as_expression()), pc, byref(ops), byref(count), 1)
         if found < 0:
-            raise Unsupported(f"where it is cannot be read: {error()}", reason="DebugInfo")
+            if self.block() == b"":  # Go says so of what is nowhere
+                return None
+            raise NoDebugInfo(error())
         return [ops[i] for i in range(min(count.value, 4096))] if found else None
 
     def operand(self, op: Operation) -> Attribute | None:
@@ -308,6 +310,41 @@ class Lines:
                 if self._stands(i, found[1], found[2]):
                     best = found[0]
                     yield found[1], best, found[2]
+
+    def at(self, pc: int) -> tuple[int, int] | None:
+        """Returns the number of the file and the line of an address, as gdb does (symtab.c, find_pc_sect_line): of several
+        rows for one address the last, but rather one where a statement begins; what has no line goes with what is before."""
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._row(middle)[0] <= pc else (low, middle)
+        i = low - 1
+        while i >= 0:
+            address, line, statement, end = self._row(i)
+            if end:
+                return None
+            first = i
+            while not statement and first and self._row(first - 1)[0] == address and not self._row(first - 1)[3]:
+                first -= 1
+                if self._row(first)[2]:
+                    i, line = first, self._row(first)[1]
+                    break
+            if line:
+                file = c_size_t()
+                _f.dwarf_line_file(_f.dwarf_onesrcline(self._table, i), byref(c_void_p()), byref(file))
+                return file.value, line
+            i -= 1
+        return None
+
+    def _row(self, i: int) -> tuple[int, int, bool, bool]:
+        """Returns address, line, whether a statement begins, whether it is the end of a sequence."""
+        row = _f.dwarf_onesrcline(self._table, i)
+        address, number, statement, end = c_uint64(), c_int(), c_bool(), c_bool()
+        _f.dwarf_lineaddr(row, byref(address))
+        _f.dwarf_lineno(row, byref(number))
+        _f.dwarf_linebeginstatement(row, byref(statement))
+        _f.dwarf_lineendsequence(row, byref(end))
+        return address.value, number.value, statement.value, end.value
 
     def _stands(self, i: int, pc: int, own: int) -> bool:
         """False: the row stands for no byte, since another file's, or the end, comes at the same address. That is what
@@ -536,7 +573,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "dwarf_getlocation_implicit_value": (c_int, (_A, _P, _P)),
     "dwarf_getscopes": (c_int, (_D, c_uint64, _P)),
     "dwarf_getscopes_die": (c_int, (_D, _P)),
-    "dwarf_getsrc_die": (_P, (_D, c_uint64)),
     "dwarf_getsrclines": (c_int, (_D, _P, _P)),
     "dwarf_hasattr": (c_int, (_D, c_uint)),
     "dwarf_hasattr_integrate": (c_int, (_D, c_uint)),

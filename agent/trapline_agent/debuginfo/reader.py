@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import itertools
 import posixpath
 import re
 from collections import OrderedDict
@@ -131,7 +132,7 @@ class Reader:
         self._cfis: list[Cfi] | None = None
         self._index: Index | None = None
         self._types = TypeReader(self._reference, self.qualified, self._definition)
-        self._names: OrderedDict[tuple[int, int], str] = OrderedDict()
+        self._names: OrderedDict[_Key, str] = OrderedDict()
         self._headers: OrderedDict[int, list[str]] = OrderedDict()
         self._rows: dict[int, int] = {}
         """Of the line tables that libdw keeps, by unit."""
@@ -162,7 +163,7 @@ class Reader:
             units.append(offset)
             split += die.tag == dw.TAG_skeleton_unit or die.has(dw.AT_GNU_dwo_name) or die.has(dw.AT_dwo_name)
             spans += ((start, end, number) for start, end in die.ranges() if end > start and self._is_code(start))
-            for path in {path for path in self._files(die) if path}:
+            for path in dict.fromkeys(path for path in self._files(die) if path):
                 files.setdefault(posixpath.basename(path), {}).setdefault(path, []).append(number)
         if not units:
             raise NoDebugInfo("it has no units of debug information")
@@ -297,10 +298,10 @@ class Reader:
     def _variables(self, scopes: list[Die], frame: _Frame) -> tuple[Variable, ...]:
         found: list[Variable] = []
         for scope in scopes:
-            seen: set[tuple[int, int]] = set()
+            seen: set[_Key] = set()
             for die in self._members(scope):
                 origin = die.reference(dw.AT_abstract_origin, own=True) or die
-                key = origin.dwarf, origin.offset
+                key = _key(origin)
                 if key in seen or len(found) >= _MAX_VARIABLES:
                     continue
                 seen.add(key)
@@ -379,7 +380,7 @@ class Reader:
     def qualified(self, die: Die) -> str:
         """Returns an entry's name with the namespaces, classes and modules that it is declared in."""
         for _ in range(_MAX_CHAIN):
-            key = die.dwarf, die.offset
+            key = _key(die)
             if key in self._names:
                 self._names.move_to_end(key)
                 return self._names[key]
@@ -438,38 +439,36 @@ class Reader:
     def variable(self, name: str) -> Variable | None:
         """See ``DebugInfo.variable``."""
         self._tidy()
-        named: dict[int, Die] = {}
+        named: dict[_Key, Die] = {}
         for chain in self._named(_last(name)):
             die = chain[-1]
-            if die.tag not in (dw.TAG_variable, dw.TAG_member) or die.dwarf != self._main.dwarf.handle:
-                continue
-            if any(d.tag in _SKIPPED for d in chain):
+            if die.tag not in (dw.TAG_variable, dw.TAG_member) or any(d.tag in _SKIPPED for d in chain):
                 continue
             if _is_called(name, self.qualified(die), die.string(dw.AT_linkage_name)):
-                named |= {d.offset: d for d in (die, *self._described(die, chain[0]))}
+                named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         known: Variable | None = None
-        for looked in (lambda: list(named.values()), lambda: self._referring(named)):
-            for die in looked():
-                made = self._variable(die, self.qualified(die), _Frame(self, None, 0))
-                if made.location.kind != "optimised-out":
-                    return made
-                if not die.flag(dw.AT_declaration):
-                    known = made
+        # What names it may be a declaration, or with link time optimisation lack the place.
+        for die in itertools.chain(named.values(), self._referring(named)):
+            made = self._variable(die, self.qualified(die), _Frame(self, None, 0))
+            if made.location.kind != "optimised-out":
+                return made
+            if not die.flag(dw.AT_declaration):
+                known = made
         return known
 
     def inlined(self, function: str) -> list[LinePlace]:
         """See ``DebugInfo.inlined``."""
         self._tidy()
-        named: dict[int, Die] = {}
+        named: dict[_Key, Die] = {}
         for chain in self._named(_last(function)):
             die = chain[-1]
-            if die.tag == dw.TAG_subprogram and die.dwarf == self._main.dwarf.handle:
-                if _is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
-                    named[die.offset] = die
-                    named |= {d.offset: d for d in self._described(die, chain[0])}
+            if die.tag != dw.TAG_subprogram:
+                continue
+            if _is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
+                named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         # With link time optimisation, dwz and Go what refers to them is in other units, by the section's offset.
         elsewhere = list(self._referring(named))
-        named |= {die.offset: die for die in elsewhere if die.tag == dw.TAG_subprogram}
+        named |= {_key(die): die for die in elsewhere if die.tag == dw.TAG_subprogram}
         copies: dict[int, LinePlace] = {}
         found = [die for die in elsewhere if die.tag == dw.TAG_inlined_subroutine]
         for die in named.values():
@@ -494,18 +493,21 @@ class Reader:
             if said is not None and said.offset == die.offset:
                 yield child
 
-    def _referring(self, offsets: Iterable[int]) -> Iterator[Die]:
-        """Yields the entries that refer to one of some entries as their origin, by the offset in .debug_info."""
-        wanted = set(offsets)
-        for chain in self._around(self._main, find_words(self._main.section("info"), list(wanted))):
+    def _referring(self, named: Iterable[_Key]) -> Iterator[Die]:
+        """Yields the entries that refer to one of some entries as their origin, by its offset in its section."""
+        wanted = set(named)
+        words = sorted({offset for _, offset in wanted})
+        for chain in self._around(self._main, find_words(self._main.section("info"), words)):
             die = chain[-1]
             origin = die.reference(dw.AT_abstract_origin, own=True) or die.reference(dw.AT_specification, own=True)
-            if origin is not None and origin.offset in wanted and origin.dwarf == self._main.dwarf.handle:
+            if origin is not None and _key(origin) in wanted:
                 yield die
 
     def _named(self, name: str) -> Iterator[list[Die]]:
         """Yields the entries that have a name, or a string that ends in it, with those around it: outermost first."""
         self._need()
+        if not name:
+            return
         wanted = name.encode() + b"\0"
         yield from self._around(self._main, self._places_of(self._main, self._main, wanted))
         if self._other is not None:
@@ -568,10 +570,9 @@ class Reader:
 
     def _line_at(self, unit: Die, pc: int) -> tuple[str, int] | None:
         try:
-            self._lines(unit)
+            found = self._lines(unit).at(pc)
         except NoDebugInfo:
             return None
-        found = unit.line_at(pc)
         if found is None:
             return None
         files = self._files(unit)
@@ -611,9 +612,9 @@ class Reader:
                     places[key] = rank, place
         if not places:
             raise NotFound(
-                f"no code at line {line} of {file} or behind it",
+                f"no code at line {line} of {file}, nor behind it in the same function",
                 reason="NoSuchLine",
-                hint="the function may have been inlined everywhere, or removed",
+                suggestions=[] if nearest is None else [f"{file}:{nearest}"],
             )
         return sorted((place for _, place in places.values()), key=lambda p: p.offset)
 
@@ -647,9 +648,11 @@ class Reader:
         chain = self._chain(unit, pc) if unit is not None else []
         function = next((die for die in chain if die.tag in _SKIPPED), None)
         if function is None:
+            if unit is None or unit.number(dw.AT_language) != dw.LANG_assembler:
+                return None  # a thunk of the compiler's own
             return -pc, (False, pc), LinePlace(offset, "", path, line, False)
         if line != asked and self._declared(function)[1] > asked:
-            return None  # the line is before the function, as gdb sees it too: nothing of it is meant
+            return None  # the line is before the function: nothing of it is meant
         # A part that was split off for being cold may lie before the function: it is the last choice.
         entry = function.entry()
         main = any(start <= pc < end and entry is not None and start <= entry < end for start, end in function.ranges())
@@ -680,7 +683,10 @@ class _Frame:
         self._base: Location | None = None
 
     def location(self, attribute: Attribute) -> Location:
-        steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
+        try:
+            steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
+        except NoDebugInfo as e:
+            return Location("unsupported", reason=f"a malformed location: {e.detail}")
         if steps is None:
             return expressions.OPTIMISED_OUT
         outer, self._attribute = self._attribute, attribute
@@ -769,6 +775,14 @@ def _descendants(die: Die, depth: int) -> Iterator[Die]:
         yield child
         if depth < _MAX_CHAIN:
             yield from _descendants(child, depth + 1)
+
+
+_Key = tuple[int, int]
+
+
+def _key(die: Die) -> _Key:
+    """Tells entries apart: the file, and the offset in its section."""
+    return die.dwarf, die.offset
 
 
 def _last(name: str) -> str:

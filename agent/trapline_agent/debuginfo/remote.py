@@ -50,7 +50,7 @@ class RemoteReader:
         self._lock = threading.Lock()
         self._closed = False
 
-    def start(self, request: Open, deadline_s: float = DEADLINE_S) -> bytes | None:
+    def start(self, request: Open, deadline_s: float) -> bytes | None:
         """Starts the process anew and has it open the file. Returns the index that it made. Raises as ``ask``."""
         with self._lock:
             self._end()
@@ -79,7 +79,7 @@ class RemoteReader:
         """The process'; 0 where there is none."""
         return self._process.pid if self._process is not None else 0
 
-    def ask(self, request: Request, kind: type[_T], deadline_s: float = DEADLINE_S) -> _T:
+    def ask(self, request: Request, kind: type[_T], deadline_s: float) -> _T:
         """Returns the answer to a request.
 
         Raises:
