@@ -37,19 +37,21 @@ from trapline.model import (
     Target,
     TargetState,
 )
-from trapline.spec import require_supported
+from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
-from trapline_agent.capture.program import lower
-from trapline_agent.debuginfo.model import DebugInfo
+from trapline_agent.capture.compiler import Site
+from trapline_agent.capture.program import compiled, explicit, merged, needs_scope
+from trapline_agent.debuginfo.model import DebugInfo, Location, Type
 from trapline_agent.objects import Finder, FoundFile, scan
-from trapline_agent.plans import FetchPlan, FileKey, SitePlan
+from trapline_agent.patterns import compile_pattern
+from trapline_agent.plans import FetchPlan, FileKey, Program, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.demangle import demangle, demangled
 from trapline_agent.symbols.elf import ElfFile
-from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, compiled, near_names
+from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, near_names
 from trapline_agent.symbols.ranges import Range
-from trapline_agent.symbols.usdt import Argument, UsdtProbe, parse_arguments
+from trapline_agent.symbols.usdt import UsdtProbe, parse_arguments
 from trapline_agent.symbols.usdt import probes as usdt_probes
 from trapline_agent.targets.process import (
     ProcessFacts,
@@ -95,8 +97,6 @@ class Plan:
     """Every site, those that are refused too."""
     notes: list[str] = field(default_factory=list)
     """What was left out, in sentences."""
-    arguments: list[tuple[Argument, ...]] = field(default_factory=list)
-    """Of USDT probes: one entry for each of ``plans``."""
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 
@@ -140,7 +140,8 @@ class Resolver:
         tracer_pid: int,
         *,
         cache_directory: Path | None = None,
-        debug_info: Callable[[FoundFile], DebugInfo | None] | None = None,
+        debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
+        redact: Callable[[Collection[str]], bool] | None = None,
     ) -> None:
         """
         Args:
@@ -149,15 +150,16 @@ class Resolver:
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
             cache_directory: where the symbols of files are kept for later processes; None: nowhere.
-            debug_info: returns the debug information of a file, or None where it has none; without it source lines are
-                refused.
+            debug: returns the debug information of a file, or None where it has none.
+            redact: whether what has one of these names, or is of such a type, must not be captured.
         """
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
         self._finder = Finder(host_name, IndexCache(directory=cache_directory))
-        self._debug_info = debug_info
+        self._debug = debug
+        self._redact = redact
 
     # --- probes
 
@@ -194,7 +196,7 @@ class Resolver:
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
         self._require_answerable(spec)
-        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
+        plan = Plan(where=with_numbers(spec.where, self._host_name))
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -255,30 +257,12 @@ class Resolver:
     def _require_answerable(self, spec: ProbeSpec) -> None:
         """Refuses what cannot be asked of any file here, before any is read."""
         point = spec.point
-        at = len(spec.text) - len(spec.text.partition(":")[2])
         if point.kind is PointKind.REGEX:
             try:
-                compiled(point.value)
+                compile_pattern(point.value)
             except SpecError as e:
                 e.text, e.position = spec.text, max(0, spec.text.find(f"/{point.value}"))
                 raise
-        if point.kind is PointKind.LINE and self._debug_info is None:
-            raise Unsupported(
-                "not in this release: a source line",
-                hint="use a symbol, or `symbol+offset`",
-                reason="NotInThisRelease",
-                text=spec.text,
-                position=at,
-            )
-        arguments = [c.text for c in spec.captures if c.operand.startswith("arg")]
-        if spec.kind is ProbeKind.USDT and arguments:
-            raise Unsupported(
-                f"not in this release: `{arguments[0]}` of a USDT probe",
-                hint="`trapline resolve` shows which register each argument is in: capture that, such as `reg.rdi`",
-                reason="NotInThisRelease",
-                text=spec.text,
-                position=max(0, spec.text.find(arguments[0])),
-            )
 
     def _name_exporters(self, spec: ProbeSpec, files: list[FoundFile], error: TraplineError) -> None:
         """Adds to the error for an imported symbol where it is defined: in what the same processes map."""
@@ -315,7 +299,7 @@ class Resolver:
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, module)
+                self._add_place(plan, file, fd, index, place, module, spec)
 
     def _places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str
@@ -336,7 +320,7 @@ class Resolver:
     def _line_places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, module: str
     ) -> list[_Place]:
-        info = self._debug_info(file) if self._debug_info else None
+        info = self._debug(file)
         if info is None:
             raise NoDebugInfo(
                 f"{module} has no debug information, so its source lines are not known",
@@ -358,11 +342,11 @@ class Resolver:
     def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
         """Says how many inlined copies of a function a probe does not cover."""
         named = spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT) and place.symbol is not None
-        if not named or place.symbol is None or place.symbol_offset or self._debug_info is None:
+        if not named or place.symbol is None or place.symbol_offset:
             return
         (name,) = demangle([place.symbol.name], parameters=False)
         try:
-            info = self._debug_info(file)
+            info = self._debug(file)
             copies = len(info.inlined(name)) if info else 0
         except TraplineError:
             return  # a remark on the side: what is wrong with the debug information is told to who asks for it
@@ -376,7 +360,16 @@ class Resolver:
         """Returns the code that a frame description is about, by the file's unwind table."""
         return self._finder.ranges(file, fd).at(ElfFile(fd, index.path), offset)
 
-    def _add_place(self, plan: Plan, file: FoundFile, fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
+    def _add_place(
+        self,
+        plan: Plan,
+        file: FoundFile,
+        fd: int,
+        index: SymbolIndex,
+        place: _Place,
+        module: str,
+        spec: ProbeSpec | None = None,
+    ) -> None:
         site = ResolvedSite(
             module=text(file.path),
             build_id=index.build_id,
@@ -398,7 +391,6 @@ class Resolver:
             if segment is None:
                 raise _not_executable(index, place.offset)
             _require_boundary(fd, index, place, module, functools.partial(self._range, file, fd, index))
-            arguments = parse_arguments(place.usdt.arguments) if place.usdt else ()
             code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
             step = plan_step(code, place.offset - segment.offset + segment.vaddr)
             if index.is_relocated(place.offset, step.length):
@@ -408,15 +400,17 @@ class Resolver:
                     reason="TextRelocation",
                     hint="probe another instruction of the function, or a build with -fPIC",
                 )
+            computed = None if spec is None else self._computed(plan, spec, file, index, place, module)
         except TraplineError as e:
             site.refused = e.to_wire()
             return
         site.instruction, site.step = step.text, step.method
+        if computed is not None:
+            plan.fetches = computed[0]
         label = f"{module}:{place.label}"
         if label not in plan.sites:
             plan.sites.append(label)
         plan.files[file.key] = file
-        plan.arguments.append(arguments)
         plan.plans.append(
             SitePlan(
                 site=plan.sites.index(label),
@@ -427,8 +421,62 @@ class Resolver:
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
                 go=place.go,
+                program=computed[1] if computed is not None else None,
             )
         )
+
+    def _computed(
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: _Place, module: str
+    ) -> tuple[list[FetchPlan], Program | None]:
+        """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
+        probe's text."""
+        segment = index.segment_at(place.offset)
+        debug, scope, unread = None, None, None
+        if self._redact is not None or needs_scope(spec.captures, spec.condition, spec.kind):
+            try:
+                debug = self._debug(file)
+                scope = None if debug is None else debug.scope(place.offset)
+            except TraplineError as e:
+                unread = e  # it matters only where something is called by its name
+        symbol = place.symbol.name if place.symbol else ""
+        constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}
+        if scope is not None:
+            constants |= {"file": scope.file or scope.function.file, "line": scope.line or scope.function.line}
+            constants["func"] = scope.function.name or symbol
+        is_go = place.go or (index.is_go and "." in symbol)
+        try:
+            fetches, program = compiled(
+                spec.captures,
+                spec.condition,
+                Site(
+                    module=module,
+                    kind=spec.kind,
+                    entry=scope.entry if scope is not None else place.symbol is not None and not place.symbol_offset,
+                    go=is_go and not place.symbol_offset,
+                    vaddr=place.offset + (segment.vaddr - segment.offset if segment else 0),
+                    symbol=symbol,
+                    scope=scope,
+                    debug=debug,
+                    constants=constants,
+                    arguments=_usdt_arguments(place.usdt) if place.usdt else None,
+                    redact=self._redact or (lambda names: False),
+                ),
+            )
+        except TraplineError as e:
+            if isinstance(e, NoDebugInfo) and unread is not None:
+                raise unread from e
+            if e.text and e.position is not None:
+                e.text, e.position = spec.text, place_of(spec, e.text) + e.position
+            raise
+        if not plan.plans or fetches == plan.fetches:
+            return fetches, program
+        columns = merged(plan.fetches, fetches)
+        if columns != plan.fetches and _is_plain(plan.fetches):
+            others = explicit(plan.fetches)
+            plan.plans = [msgspec.structs.replace(p, program=p.program or others) for p in plan.plans]
+        if columns != fetches and _is_plain(fetches):
+            program = program or explicit(fetches)
+        return columns, program
 
     # --- processes
 
@@ -633,6 +681,16 @@ def _usdt_places(spec: ProbeSpec, elf: ElfFile, index: SymbolIndex, module: str)
         yield _Place(probe.offset, _inside(index, probe.offset), error, shown=shown, usdt=probe)
 
 
+def _usdt_arguments(probe: UsdtProbe) -> tuple[tuple[Type, Location], ...]:
+    return tuple(
+        (
+            Type("base", size=a.size, encoding="float" if a.floating else "signed" if a.signed else "unsigned"),
+            a.location,
+        )
+        for a in parse_arguments(probe.arguments)
+    )
+
+
 def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str) -> _Place:
     error: TraplineError | None = None
     size = index.end_of(symbol) - symbol.offset
@@ -747,6 +805,33 @@ def _require_boundary(
         suggestions=near,
         reason="MidInstruction",
     )
+
+
+# --- what is computed ---
+
+
+def with_columns(plan: Plan, columns: list[FetchPlan]) -> Plan:
+    """Returns a plan whose sites all fill these columns.
+
+    Raises:
+        Unsupported: its values are of other types.
+    """
+    own = plan.fetches
+    if own == columns:
+        return plan
+    if _is_plain(columns) or [c.column for c in merged(columns, own)] != [c.column for c in columns]:
+        raise Unsupported(
+            "what the probe captures is of other types in files that have come since",
+            hint="probe these files apart",
+            reason="CaptureType",
+        )
+    plain = explicit(own) if _is_plain(own) else None
+    plans = [msgspec.structs.replace(p, program=p.program or plain) for p in plan.plans]
+    return replace(plan, plans=plans, fetches=columns)
+
+
+def _is_plain(fetches: Iterable[FetchPlan]) -> bool:
+    return all(f.register for f in fetches)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

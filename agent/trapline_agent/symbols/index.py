@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import re2
 
-from trapline.errors import NotFound, ResolveError, SpecError, Unsupported
+from trapline.errors import NotFound, ResolveError, Unsupported
+from trapline_agent.patterns import compile_pattern
 from trapline_agent.symbols import demangle, gopclntab, separate, store
 from trapline_agent.symbols.elf import FUNC, IFUNC, ElfFile, Segment, SymbolTable
 from trapline_agent.symbols.names import CHUNK, Names
@@ -210,7 +210,7 @@ class SymbolIndex:
             SpecError: it is no regular expression, or would take too much memory.
             ResolveError: it takes too long.
         """
-        search = compiled(pattern).search
+        search = compile_pattern(pattern)
         deadline = time.monotonic() + _MAX_REGEX_S
 
         def matches(text: str) -> bool:
@@ -444,22 +444,6 @@ def _nearest_sets(name: str, names: Sequence[str]) -> list[str]:
     distance = np.bitwise_count(bits ^ wanted).astype(np.int64) + np.abs(ends - starts - len(name))
     nearest = np.argpartition(distance, min(_NEAR, len(names) - 1))[:_NEAR]
     return [names[i] for i in nearest.tolist()]
-
-
-def compiled(pattern: str) -> re2._Regexp:
-    """Returns a regular expression that is matched in linear time. Raises SpecError."""
-    options = re2.Options()
-    options.log_errors = False
-    options.max_mem = 1 << 18
-    try:
-        return re2.compile(pattern, options)
-    except re2.error as e:
-        why = e.args[0].decode("utf-8", "replace") if isinstance(e.args[0], bytes) else str(e)
-        raise SpecError(
-            f"`/{pattern}/` is not a regular expression: {why}",
-            hint="the syntax is RE2's: without look-around and back references",
-            reason="Regex",
-        ) from None
 
 
 def _rank(symbol: SymbolAt) -> tuple[bool, bool, bool, int, str]:
