@@ -4,19 +4,19 @@ pattern is (docs/adr/0015)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import re2
 
 from trapline.errors import SpecError
 
 _MAX_BYTES = 1 << 20
-T = TypeVar("T", str, bytes)
 
 
-def compile_pattern(pattern: T) -> Callable[[T], object]:
-    """Returns what searches for a regular expression in texts of the pattern's type, and returns None where it does not match
-    anywhere. Of bytes each is a character.
+def compile_pattern(pattern: str | bytes) -> Callable[[bytes], object]:
+    """Returns what searches a text for a regular expression: None where it does not match anywhere.
+
+    Args:
+        pattern: str for texts in UTF-8; bytes where each byte is a character.
 
     Raises:
         SpecError: it is none, or one that takes more than a MiB of memory.
@@ -27,7 +27,7 @@ def compile_pattern(pattern: T) -> Callable[[T], object]:
     if isinstance(pattern, bytes):
         options.encoding = re2.Options.Encoding.LATIN1
     try:
-        search: Callable[[T], object] = re2.compile(pattern, options).search
+        search: Callable[[bytes], object] = re2.compile(pattern, options).search
     except re2.error as e:
         why = e.args[0] if e.args else b""
         why = why.decode("utf-8", "replace") if isinstance(why, bytes) else str(why)

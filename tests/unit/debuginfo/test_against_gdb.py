@@ -39,7 +39,7 @@ class Program:
 
     def function(self, pattern: str) -> int:
         """Returns the offset of the function whose symbol matches."""
-        found = {s.offset for s in self.symbols._symbols if re.fullmatch(pattern, s.name) and s.size}
+        found = {s.offset for s in self.symbols if re.fullmatch(pattern, s.name) and s.size}
         assert len(found) == 1, pattern
         return found.pop()
 
@@ -159,7 +159,7 @@ def test_the_source_of_each_instruction_is_gdbs(language: str, level: str, progr
     program: Program = programs(language, level)
     offsets: list[int] = []
     for pattern in FUNCTIONS[language]:
-        for symbol in program.symbols._symbols:
+        for symbol in program.symbols:
             if re.fullmatch(pattern, symbol.name) and symbol.size:
                 offsets += range(symbol.offset, symbol.offset + symbol.size)
     assert len(offsets) > 100

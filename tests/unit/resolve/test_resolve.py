@@ -188,11 +188,7 @@ def test_unknown_symbols_suggest(resolver: Resolver) -> None:
     assert "files that are mapped on box" in e.value.detail
 
 
-def test_not_in_this_release_is_refused_here_too(resolver: Resolver) -> None:
-    for text in (f"{libc()}:malloc.c:100", f"usdt:{libc()}:malloc {{arg0}}"):
-        with pytest.raises(Unsupported, match="not in this release") as e:
-            plan_of(resolver, text)
-        assert e.value.caret()
+def test_an_offset_needs_one_file(resolver: Resolver) -> None:
     with pytest.raises(Unsupported, match="one file"):
         plan_of(resolver, "*:0x1000")
 
