@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,7 @@ _MAX_EXPORTERS = 200
 """Files that are asked for a symbol which another one imports."""
 _SEARCH_S = 6.0
 """Seconds after which a look into all files ends with what it has; what was read is remembered for the next."""
+_ARGUMENT = re.compile(r"\barg\d+\b")
 _LOADER_HOOK = "_dl_debug_state"
 _LOADER_NAMES = ("ld-linux", "ld-musl", "ld-2.")
 _C_LIBRARY_NAMES = ("libc.so", "libc-2.", "libc.musl", "ld-musl")
@@ -129,6 +131,11 @@ class _Place:
         return f"{self.symbol.name}+0x{self.symbol_offset:x}" if self.symbol_offset else self.symbol.name
 
 
+def no_debug_info(file: FoundFile) -> DebugInfo | None:
+    """Stands for whoever finds the debug information of files where nobody does."""
+    return None
+
+
 class Resolver:
     """Resolves probes and answers questions about this host; keeps the symbols of the files it has read."""
 
@@ -140,7 +147,7 @@ class Resolver:
         tracer_pid: int,
         *,
         cache_directory: Path | None = None,
-        debug_info: Callable[[FoundFile], DebugInfo | None] | None = None,
+        debug: Callable[[FoundFile], DebugInfo | None] = no_debug_info,
     ) -> None:
         """
         Args:
@@ -149,15 +156,14 @@ class Resolver:
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
             cache_directory: where the symbols of files are kept for later processes; None: nowhere.
-            debug_info: returns the debug information of a file, or None where it has none; without it source lines are
-                refused.
+            debug: finds a file's debug information; by default nobody does, and source lines are refused.
         """
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
         self._finder = Finder(host_name, IndexCache(directory=cache_directory))
-        self._debug_info = debug_info
+        self._debug = debug
 
     # --- probes
 
@@ -255,22 +261,21 @@ class Resolver:
     def _require_answerable(self, spec: ProbeSpec) -> None:
         """Refuses what cannot be asked of any file here, before any is read."""
         point = spec.point
-        at = len(spec.text) - len(spec.text.partition(":")[2])
         if point.kind is PointKind.REGEX:
             try:
                 compiled(point.value)
             except SpecError as e:
                 e.text, e.position = spec.text, max(0, spec.text.find(f"/{point.value}"))
                 raise
-        if point.kind is PointKind.LINE and self._debug_info is None:
+        if point.kind is PointKind.LINE and self._debug is no_debug_info:
             raise Unsupported(
                 "not in this release: a source line",
                 hint="use a symbol, or `symbol+offset`",
                 reason="NotInThisRelease",
                 text=spec.text,
-                position=at,
+                position=max(0, spec.text.find(point.value)),
             )
-        arguments = [c.text for c in spec.captures if c.operand.startswith("arg")]
+        arguments = [found[0] for c in spec.captures if (found := _ARGUMENT.search(c.text))]
         if spec.kind is ProbeKind.USDT and arguments:
             raise Unsupported(
                 f"not in this release: `{arguments[0]}` of a USDT probe",
@@ -286,9 +291,12 @@ class Resolver:
         pids = {pid for file in files for pid in file.mappings}
         own = {file.key for file in files}
         found: list[str] = []
+        deadline = time.monotonic() + _SEARCH_S
         for file in list(scan(pids or None).values())[:_MAX_EXPORTERS]:
             if file.key in own:
                 continue
+            if time.monotonic() > deadline:
+                break
             try:
                 with file.open() as fd:
                     index = self._finder.index(file, fd)
@@ -300,10 +308,8 @@ class Resolver:
         if found:
             names = list(dict.fromkeys(found))
             error.detail += f", {names[0]}" if len(names) == 1 else f": one of {', '.join(names[:5])}"
-            point = spec.text.partition(":")[2] if spec.point.kind is PointKind.TEXT else name
-            error.suggestions = [
-                f"{n}:{point}" if spec.point.kind is not PointKind.TEXT else f'{n}:"{name}"' for n in names[:5]
-            ]
+            quoted = f'"{name}"' if spec.point.kind is PointKind.TEXT else name
+            error.suggestions = [f"{n}:{quoted}" for n in names[:5]]
 
     def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
         with file.open() as fd:
@@ -336,7 +342,7 @@ class Resolver:
     def _line_places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, module: str
     ) -> list[_Place]:
-        info = self._debug_info(file) if self._debug_info else None
+        info = self._debug(file)
         if info is None:
             raise NoDebugInfo(
                 f"{module} has no debug information, so its source lines are not known",
@@ -358,11 +364,11 @@ class Resolver:
     def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
         """Says how many inlined copies of a function a probe does not cover."""
         named = spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT) and place.symbol is not None
-        if not named or place.symbol is None or place.symbol_offset or self._debug_info is None:
+        if not named or place.symbol is None or place.symbol_offset:
             return
         (name,) = demangle([place.symbol.name], parameters=False)
         try:
-            info = self._debug_info(file)
+            info = self._debug(file)
             copies = len(info.inlined(name)) if info else 0
         except TraplineError:
             return  # a remark on the side: what is wrong with the debug information is told to who asks for it

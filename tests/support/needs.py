@@ -100,8 +100,8 @@ def go() -> str:
     return _runs("go", "version")
 
 
-@_need("rust", "apt-get install rustc")
-def rust() -> str:
+@_need("rustc", "apt-get install rustc")
+def rustc() -> str:
     return _runs("rustc", "--version")
 
 

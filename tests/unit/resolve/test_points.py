@@ -140,6 +140,21 @@ def test_an_imported_symbol_is_told_with_who_defines_it(resolver: Resolver, tmp_
         assert plan_of(resolver, f"libc.so.6:fflush @ pid={child.pid}").plans
 
 
+@needs.gxx
+def test_an_imported_cpp_function_is_told_with_who_defines_it(resolver: Resolver, tmp_path: Path) -> None:
+    source = """
+    #include <cstdio>
+    #include <iostream>
+    int main() { std::string line; puts("ready"); fflush(stdout); std::cin.ignore(1); std::ios_base::sync_with_stdio(true); }
+    """
+    path = build_with("g++", tmp_path, source, "program.cpp", "-O1")
+    with Child([path]) as child, pytest.raises(NotFound) as e:
+        plan_of(resolver, f"program:std::ios_base::sync_with_stdio @ pid={child.pid}")
+    assert e.value.reason == "Imported"
+    (suggestion,) = e.value.suggestions
+    assert re.fullmatch(r'libstdc\+\+\.so\.6[.0-9]*:"std::ios_base::sync_with_stdio"', suggestion)
+
+
 @needs.gcc
 def test_other_names_of_a_place_are_shown(resolver: Resolver, tmp_path: Path) -> None:
     source = """
@@ -217,11 +232,11 @@ class FakeInfo:
 
 
 def resolver_with(info: FakeInfo | None) -> Resolver:
-    def debug_info(file: FoundFile) -> DebugInfo | None:
+    def debug(file: FoundFile) -> DebugInfo | None:
         assert file.name == "program"
         return info
 
-    return Resolver("hst_1", "box", {os.getpid()}, 0, debug_info=debug_info)
+    return Resolver("hst_1", "box", {os.getpid()}, 0, debug=debug)
 
 
 @needs.gcc

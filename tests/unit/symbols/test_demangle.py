@@ -139,7 +139,7 @@ def test_what_the_compiler_put_elsewhere_is_not_the_function(tmp_path: Path) -> 
     assert [s.name for s in index.glob("ns::*")] == ["_ZN2ns4workEi"]
 
 
-@needs.rust
+@needs.rustc
 @needs.binutils
 @pytest.mark.parametrize("mangling", ["legacy", "v0"])
 def test_rust_names_as_cppfilt_has_them_and_as_people_write_them(
