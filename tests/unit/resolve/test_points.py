@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -69,18 +70,16 @@ def test_hostile_regular_expressions_end_soon(
     path = build(tmp_path, source=source)
     began = time.process_time()
     for pattern in ("(a+)+$", "(a|aa)+b", "(.*)*(.*)*(.*)*x", "(a?){900}a{900}z", "(a?){300}a{300}z"):
-        try:
+        with contextlib.suppress(ResolveError, SpecError):
             plan_of(resolver, f"{path}:/{pattern}/")
-        except (NotFound, SpecError):
-            pass
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 10
     monkeypatch.setattr(index, "_MAX_REGEX_S", 0.0)
-    with pytest.raises(ResolveError) as e:
+    with pytest.raises(ResolveError) as slow:
         plan_of(resolver, f"{path}:/(a?){{300}}a{{300}}z/")
-    assert e.value.reason == "TooSlow"
+    assert slow.value.reason == "TooSlow"
     with pytest.raises(NotFound):
         plan_of(resolver, f"{path}:" + "*a" * 30 + "z*b")
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 15
 
 
 @needs.gcc
@@ -216,7 +215,7 @@ class FakeInfo:
         return self.places
 
     def inlined(self, function: str) -> list[LinePlace]:
-        return [LinePlace(0, "main", "a.c", 3, True)] * (self.copies if function == "visible" else 0)
+        return [LinePlace(0, "main", "/src/a.c", 3, True)] * (self.copies if function in ("visible", "ns::gone") else 0)
 
     def scope(self, offset: int) -> Scope | None:
         raise AssertionError
@@ -276,4 +275,11 @@ def test_inlined_copies_that_a_symbol_does_not_cover_are_told(tmp_path: Path) ->
     (note,) = plan_of(some, f"{path}:visible").notes
     assert note.startswith("3 inlined copies of `visible` in program are not covered")
     assert plan_of(some, f"{path}:hidden").notes == []
+    with pytest.raises(NotFound, match="3 inlined copies in its callers") as e:
+        plan_of(some, f'{path}:"ns::gone(int)"')
+    assert e.value.reason == "Inlined"
+    assert e.value.suggestions == [f"{path}:a.c:3"]
+    with pytest.raises(NotFound) as e:
+        plan_of(some, f"{path}:fflush")
+    assert e.value.reason == "Imported"
     assert plan_of(some, f"{path}:vis*").notes == []
