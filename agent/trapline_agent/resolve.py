@@ -42,7 +42,7 @@ from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.compiler import Site
 from trapline_agent.capture.program import compiled, explicit, merged, needs_scope
-from trapline_agent.debuginfo.model import DebugInfo, Location, Type
+from trapline_agent.debuginfo.model import DebugInfo, LinePlace, Location, Type
 from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.patterns import compile_pattern
 from trapline_agent.plans import FetchPlan, FileKey, Program, SitePlan
@@ -270,9 +270,12 @@ class Resolver:
         pids = {pid for file in files for pid in file.mappings}
         own = {file.key for file in files}
         found: list[str] = []
+        deadline = time.monotonic() + _SEARCH_S
         for file in list(scan(pids or None).values())[:_MAX_EXPORTERS]:
             if file.key in own:
                 continue
+            if time.monotonic() > deadline:
+                break
             try:
                 with file.open() as fd:
                     index = self._finder.index(file, fd)
@@ -284,10 +287,8 @@ class Resolver:
         if found:
             names = list(dict.fromkeys(found))
             error.detail += f", {names[0]}" if len(names) == 1 else f": one of {', '.join(names[:5])}"
-            point = spec.text.partition(":")[2] if spec.point.kind is PointKind.TEXT else name
-            error.suggestions = [
-                f"{n}:{point}" if spec.point.kind is not PointKind.TEXT else f'{n}:"{name}"' for n in names[:5]
-            ]
+            quoted = f'"{name}"' if spec.point.kind is PointKind.TEXT else name
+            error.suggestions = [f"{n}:{quoted}" for n in names[:5]]
 
     def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
         with file.open() as fd:
@@ -308,14 +309,16 @@ class Resolver:
         if spec.kind is ProbeKind.USDT:
             yield from _usdt_places(spec, ElfFile(fd, index.path), index, module)
             return
-        places = self._line_places(plan, spec, file, index, module) if spec.point.kind is PointKind.LINE else None
-        for place in places or _symbol_places(spec, index, module):
-            self._note_inlined(plan, spec, file, place)
-            if spec.kind is ProbeKind.RETURN:
-                ranges = functools.partial(self._range, file, fd, index)
-                yield _entry(fd, index, place, module, ranges)
-            else:
+        by_line = spec.point.kind is PointKind.LINE
+        places = self._line_places(plan, spec, file, index, module) if by_line else _symbol_places(spec, index, module)
+        try:
+            for place in places:
+                self._note_inlined(plan, spec, file, place)
+                if spec.kind is ProbeKind.RETURN:
+                    place = _entry(fd, index, place, module, functools.partial(self._range, file, fd, index))
                 yield place
+        except NotFound as e:
+            raise self._inlined_only(spec, file, e) from None
 
     def _line_places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, module: str
@@ -339,22 +342,42 @@ class Resolver:
             raise NotFound(f"no code in {module} is of {spec.point.value}:{spec.point.offset}", reason="NoSuchLine")
         return found
 
-    def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
-        """Says how many inlined copies of a function a probe does not cover."""
-        named = spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT) and place.symbol is not None
-        if not named or place.symbol is None or place.symbol_offset:
-            return
-        (name,) = demangle([place.symbol.name], parameters=False)
+    def _inlined(self, file: FoundFile, function: str) -> list[LinePlace]:
+        """Returns the inlined copies of a function. What is wrong with the debug information is told to who asks for it."""
         try:
             info = self._debug(file)
-            copies = len(info.inlined(name)) if info else 0
+            return info.inlined(function) if info is not None else []
         except TraplineError:
-            return  # a remark on the side: what is wrong with the debug information is told to who asks for it
+            return []
+
+    def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
+        """Says how many inlined copies of a function a probe does not cover."""
+        symbol = place.symbol
+        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or symbol is None or place.symbol_offset:
+            return
+        (name,) = demangle([symbol.name], parameters=False)
+        copies = self._inlined(file, name)
         if copies:
             plan.notes.append(
-                f"{copies} inlined {'copy' if copies == 1 else 'copies'} of `{name}` in {file.name} "
-                f"{'is' if copies == 1 else 'are'} not covered: a probe on a source line in it is in each of them"
+                f"{_count(copies)} of `{name}` in {file.name} {'is' if len(copies) == 1 else 'are'} not covered: "
+                "a probe on a source line of it is in each of them"
             )
+
+    def _inlined_only(self, spec: ProbeSpec, file: FoundFile, error: NotFound) -> NotFound:
+        """Returns the error for a symbol that is not there: another one where the compiler put it into its callers."""
+        name = spec.point.value
+        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or error.reason == "Imported":
+            return error
+        copies = self._inlined(file, name.partition("(")[0])
+        if not copies:
+            return error
+        lines = dict.fromkeys(f"{spec.object}:{os.path.basename(c.file)}:{c.line}" for c in copies)
+        return NotFound(
+            f"no symbol `{name}` in {_shown(spec, file)}: it is there as {_count(copies)} in its callers",
+            suggestions=list(lines)[:5],
+            hint="a probe on a source line of it is in each of them",
+            reason="Inlined",
+        )
 
     def _range(self, file: FoundFile, fd: int, index: SymbolIndex, offset: int) -> Range | None:
         """Returns the code that a frame description is about, by the file's unwind table."""
@@ -611,6 +634,10 @@ class Resolver:
                 except TraplineError:
                     continue  # later mappings are found by the other hooks
         return loaders.plans + [msgspec.structs.replace(p, unwinds=True) for p in unwinders.plans]
+
+
+def _count(copies: list[LinePlace]) -> str:
+    return f"{len(copies)} inlined {'copy' if len(copies) == 1 else 'copies'}"
 
 
 # --- places in one file -----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ _ABBREVIATED = frozenset(_WORDS.split())
 """What may be in a demangled name without being spelled in the mangled one."""
 _OPERATOR = re.compile(r"\boperator\s*(?:\(\)|\[\]|<=>|->\*?|<<=?|>>=?|[<>]=?|[-+*/%^&|~!=,]+)")
 _QUALIFIERS = re.compile(r"(?: const| volatile| &&?)+\Z")
+_CLONE = re.compile(r"(?: \[clone [^]]*\])+\Z")
 _ABI_TAG = re.compile(r"\[abi:\w+\]")
 _SPACE = re.compile(r"\s*(\W)\s*")
 
@@ -105,7 +106,7 @@ def meant(text: str, full: str, bare: str) -> bool:
 
 def forms(full: str, bare: str) -> set[str]:
     """Returns the ways to write a symbol's name."""
-    bare = _QUALIFIERS.sub("", bare)
+    full, bare = _CLONE.sub("", full), _QUALIFIERS.sub("", bare)
     found = {full, bare}
     for each in (full, bare):
         if each.startswith("<"):  # Rust's <Type as Trait>::function is Type::function for short

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -69,18 +70,16 @@ def test_hostile_regular_expressions_end_soon(
     path = build(tmp_path, source=source)
     began = time.process_time()
     for pattern in ("(a+)+$", "(a|aa)+b", "(.*)*(.*)*(.*)*x", "(a?){900}a{900}z", "(a?){300}a{300}z"):
-        try:
+        with contextlib.suppress(ResolveError, SpecError):
             plan_of(resolver, f"{path}:/{pattern}/")
-        except (NotFound, SpecError):
-            pass
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 10
     monkeypatch.setattr(index, "_MAX_REGEX_S", 0.0)
-    with pytest.raises(ResolveError) as e:
+    with pytest.raises(ResolveError) as slow:
         plan_of(resolver, f"{path}:/(a?){{300}}a{{300}}z/")
-    assert e.value.reason == "TooSlow"
+    assert slow.value.reason == "TooSlow"
     with pytest.raises(NotFound):
         plan_of(resolver, f"{path}:" + "*a" * 30 + "z*b")
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 15
 
 
 @needs.gcc
@@ -138,6 +137,21 @@ def test_an_imported_symbol_is_told_with_who_defines_it(resolver: Resolver, tmp_
             assert "libc.so.6" in e.value.detail
             assert e.value.suggestions == ["libc.so.6:fflush"]
         assert plan_of(resolver, f"libc.so.6:fflush @ pid={child.pid}").plans
+
+
+@needs.gxx
+def test_an_imported_cpp_function_is_told_with_who_defines_it(resolver: Resolver, tmp_path: Path) -> None:
+    source = """
+    #include <cstdio>
+    #include <iostream>
+    int main() { std::string line; puts("ready"); fflush(stdout); std::cin.ignore(1); std::ios_base::sync_with_stdio(true); }
+    """
+    path = build_with("g++", tmp_path, source, "program.cpp", "-O1")
+    with Child([path]) as child, pytest.raises(NotFound) as e:
+        plan_of(resolver, f"program:std::ios_base::sync_with_stdio @ pid={child.pid}")
+    assert e.value.reason == "Imported"
+    (suggestion,) = e.value.suggestions
+    assert re.fullmatch(r'libstdc\+\+\.so\.6[.0-9]*:"std::ios_base::sync_with_stdio"', suggestion)
 
 
 @needs.gcc
@@ -200,7 +214,7 @@ class FakeInfo:
         return self.places
 
     def inlined(self, function: str) -> list[LinePlace]:
-        return [LinePlace(0, "main", "a.c", 3, True)] * (self.copies if function == "visible" else 0)
+        return [LinePlace(0, "main", "/src/a.c", 3, True)] * (self.copies if function in ("visible", "ns::gone") else 0)
 
     def scope(self, offset: int) -> Scope | None:
         raise AssertionError
@@ -216,11 +230,11 @@ class FakeInfo:
 
 
 def resolver_with(info: FakeInfo | None) -> Resolver:
-    def debug_info(file: FoundFile) -> DebugInfo | None:
+    def debug(file: FoundFile) -> DebugInfo | None:
         assert file.name == "program"
         return info
 
-    return Resolver("hst_1", "box", {os.getpid()}, 0, debug=debug_info)
+    return Resolver("hst_1", "box", {os.getpid()}, 0, debug=debug)
 
 
 @needs.gcc
@@ -260,4 +274,11 @@ def test_inlined_copies_that_a_symbol_does_not_cover_are_told(tmp_path: Path) ->
     (note,) = plan_of(some, f"{path}:visible").notes
     assert note.startswith("3 inlined copies of `visible` in program are not covered")
     assert plan_of(some, f"{path}:hidden").notes == []
+    with pytest.raises(NotFound, match="3 inlined copies in its callers") as e:
+        plan_of(some, f'{path}:"ns::gone(int)"')
+    assert e.value.reason == "Inlined"
+    assert e.value.suggestions == [f"{path}:a.c:3"]
+    with pytest.raises(NotFound) as e:
+        plan_of(some, f"{path}:fflush")
+    assert e.value.reason == "Imported"
     assert plan_of(some, f"{path}:vis*").notes == []
