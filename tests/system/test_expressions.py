@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,92 @@ def test_a_condition_lets_go_and_counts(targets: Targets, tmp_path: Path) -> Non
     assert [hit["args"]["attempt"] for hit in lines] == list(range(10, 1001, 10))
     assert "n: 900 more did not match the condition" in done.stderr
     assert "1000 " in done.stdout  # the program's own count
+
+
+LANGUAGES = {
+    "c++": {
+        "_ZN4shop6Basket3add": (
+            "{what, where, tag.text, tag.weight, c, this.owner, this.total, this.colour, this.id, n=len(what)}",
+            {
+                "what": "lamp", "where": "cell", "tag.text": "fragile", "tag.weight": -3, "c": "red", "this.total": 2.5,
+                "this.owner": "a name that is much too long to be kept in place", "this.colour": "green", "this.id": 5, "n": 4,
+            },
+        ),
+        "_ZN4shop5greet": ("{name, loud, much}", {"name": "bob", "loud": True, "much": 1.5}),
+        "_ZN4shop5count": ("{n, id=basket._M_t._M_t._M_head_impl.id}", {"n": -2, "id": 5}),
+        "ur:_ZN4shop5greet": ("{retval}", {"retval": "hello bob!"}),
+    },
+    "rust": {
+        "greet": (
+            "{name, user.name, user.age, user.at.x, user.at.n, owned, times, loud, n=len(name)}",
+            {
+                "name": "bob", "user.name": "alice", "user.age": 30, "user.at.x": 1.5, "user.at.n": -4,
+                "owned": "a text of its own", "times": 2, "loud": True, "n": 3,
+            },
+        ),
+        "paint": (
+            "{colour, shade, n=len(numbers), numbers[1]}", {"colour": "Green", "shade": 0.25, "n": 3, "numbers[1]": 20},
+        ),
+        "ur:paint": ("{retval}", {"retval": -10}),
+    },
+    "go": {
+        "main.greet": (
+            "{name, u.Name, u.Age, u.At.N, u.Next.Name, times, rate, loud}",
+            {
+                "name": "bob", "u.Name": "alice", "u.Age": 30, "u.At.N": -4, "u.Next.Name": "carol", "times": -2,
+                "rate": 0.25, "loud": True,
+            },
+        ),
+        "main.total": ("{numbers[1], n=len(numbers), p.X, p.N}", {"numbers[1]": 20, "n": 3, "p.X": 2.5, "p.N": -7}),
+        "ur:main.greet": ("{retval}", {"retval": 31}),
+    },
+}  # fmt: skip
+
+
+def _built(language: str, optimised: bool, into: Path) -> Path:
+    sources = Path(__file__).resolve().parents[1] / "targets"
+    output = into / "words"
+    command = {
+        "c++": ["g++", "-O2" if optimised else "-O0", "-g", f"{sources}/words.cpp", "-o", str(output)],
+        "rust": [
+            "rustc",
+            "-g",
+            "-C",
+            f"opt-level={2 if optimised else 0}",
+            f"{sources}/words_rust.rs",
+            "-o",
+            str(output),
+        ],
+        "go": ["go", "build", *([] if optimised else ["-gcflags=-N -l"]), "-o", str(output), f"{sources}/words_go.go"],
+    }[language]
+    environment = {**os.environ, "GOCACHE": str(into / "cache"), "GO111MODULE": "off"}
+    subprocess.run(command, check=True, timeout=300, cwd=into, env=environment)
+    return output
+
+
+@needs.ptrace_any
+@pytest.mark.parametrize("optimised", [False, True], ids=["O0", "O2"])
+@pytest.mark.parametrize(
+    "language",
+    [
+        pytest.param("c++", marks=needs.gxx),
+        pytest.param("rust", marks=needs.rustc),
+        pytest.param("go", marks=needs.go),
+    ],
+)
+def test_values_of_other_languages(tmp_path: Path, language: str, optimised: bool) -> None:
+    program = _built(language, optimised, tmp_path)
+    symbols = _symbols(program)
+    probes, wanted = [], []
+    for name, (captures, values) in LANGUAGES[language].items():
+        kind, _, function = name.rpartition(":")
+        symbol = next(s for s in symbols if s == function or (language == "c++" and s.startswith(function)))
+        probes.append(f'{kind}{":" if kind else ""}{program}:"{symbol}" {captures}')
+        wanted.append(values)
+    found = _traced(tmp_path, probes, [str(program)])
+    assert [found[f"e{i}"][0].args for i in range(len(probes))] == wanted
+
+
+def _symbols(program: Path) -> list[str]:
+    listed = subprocess.run(["nm", str(program)], capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in listed.splitlines()]
