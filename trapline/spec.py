@@ -112,7 +112,12 @@ def require_supported(spec: ProbeSpec) -> None:
             for key in ("label", "container", "cgroup")
         ),
         ("condition", bool(spec.condition), "a condition (`if`)", "leave it out and filter the hits"),
-        ("aggregate", bool(spec.aggregate), "an aggregate (`->`)", "leave it out and aggregate the hits"),
+        (
+            "captures",
+            bool(spec.aggregate and spec.captures),
+            "captured values beside an aggregate, which sends no hits",
+            "leave one of the two out, or ask for two probes",
+        ),
     ]
     for label, present, feature, hint in wanted:
         if present:
@@ -184,7 +189,7 @@ def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
         columns = (c.text if c.name == c.text else f"{c.name}={c.text}" for c in spec.captures)
         yield "captures", f" {{{', '.join(columns)}}}"
     if spec.aggregate:
-        yield "aggregate", f" -> {spec.aggregate}"
+        yield "aggregate", f" -> {spec.aggregate.text}"
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

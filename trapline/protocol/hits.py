@@ -142,7 +142,7 @@ class HitBatch:
                         value = str(value)
                 args[c.name] = value
                 if st:
-                    status[c.name] = _status_text(st)
+                    status[c.name] = status_text(st)
             site = int(sites[i])
             pid = int(pids[i])
             yield Hit(
@@ -160,7 +160,8 @@ class HitBatch:
             )
 
 
-def _status_text(value: int) -> str:
+def status_text(value: int) -> str:
+    """Returns the word for a value's status; a newer agent's becomes ``status-N``."""
     try:
         return ValueStatus(value).text
     except ValueError:
