@@ -35,6 +35,10 @@ Part = tuple[Value, int]
 Key = tuple[Part, ...]
 Function = Literal["count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct"]
 
+FUNCTIONS: dict[Function, int] = {
+    "count": 0, "sum": 0, "min": 0, "max": 0, "avg": 0, "hist": 0, "lhist": 3, "quantiles": 0, "topk": 1, "distinct": 0,
+}  # fmt: skip
+"""The functions, and how many parameters each has."""
 ACCURACY = 0.01
 """Relative error of a quantile, at most."""
 REGISTERS_LOG2 = 12
@@ -123,6 +127,10 @@ class Table:
         if len(self.cells) < self.max_keys:
             cell = self.cells[key] = Cell()
             return cell
+        return self.beyond()
+
+    def beyond(self) -> Cell:
+        """Returns the cell of the keys that have none of their own."""
         if self.other is None:
             self.other = Cell()
         return self.other
@@ -132,9 +140,7 @@ class Table:
         for key, cell in cells:
             self.cell(key).add(cell, self.capacity)
         if other is not None:
-            if self.other is None:
-                self.other = Cell()
-            self.other.add(other, self.capacity)
+            self.beyond().add(other, self.capacity)
 
 
 def capacity_of(function: Function, parameters: Iterable[int]) -> int:
@@ -147,6 +153,8 @@ def recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell,
 
     Called at the trap: what it does takes a microsecond at the most, but for a ``topk`` that shrinks.
     """
+    if function == "count":
+        return lambda cell, part: None
     add = _recorder(function, parameters)
     number = function not in ("topk", "distinct")
 
@@ -180,10 +188,8 @@ def _recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell
             return _sketch
         case "topk":
             return _item(capacity_of(function, parameters))
-        case "distinct":
-            return _register
         case _:
-            return lambda cell, part: None
+            return _register
 
 
 def _number(part: Part) -> int | float:

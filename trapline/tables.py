@@ -35,7 +35,7 @@ def row_of(aggregate: Aggregate, key: Key, cell: Cell) -> AggregateRow:
         case "count":
             row.value = cell.count
         case "sum":
-            row.value = _exact(cell.sum)
+            row.value = _exact(cell.sum) if good else None
         case "avg":
             row.value = cell.sum / good if good else None
         case "min":

@@ -123,7 +123,13 @@ class Agent:
     async def __aenter__(self) -> Self:
         tracer = await self._keeper.start()
         await self._look_at_processes()
-        self._resolver = Resolver(self.host_id, self._settings.host_name, self._self_pids, tracer.ready.pid)
+        self._resolver = Resolver(
+            self.host_id,
+            self._settings.host_name,
+            self._self_pids,
+            tracer.ready.pid,
+            max_keys=self._settings.aggregate_keys,
+        )
         await self._tasks.__aenter__()
         self._reconciler = Reconciler(
             host_id=self.host_id,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from trapline.aggregates import Function
+
 
 class FileKey(msgspec.Struct, frozen=True, order=True):
     """A file's identity as /proc/PID/maps prints it (on btrfs and overlayfs that differs from stat(2))."""
@@ -41,6 +43,10 @@ LATENCY = "latency"
 """Stands for a register in a ``FetchPlan``: the time from a call to its return, in ns."""
 
 
+CONTEXT = ("pid", "tid", "comm")
+"""Stand for a register in a ``FetchPlan`` of an aggregate: what is known of a hit without looking at its registers."""
+
+
 class FetchPlan(msgspec.Struct, frozen=True):
     """One captured value: a register, or the NUL-terminated string it points to."""
 
@@ -52,3 +58,18 @@ class FetchPlan(msgspec.Struct, frozen=True):
     """At a return: the register is that of the entry."""
     late: bool = False
     """With ``entry``: the string is read at the return."""
+
+
+DEFAULT_MAX_KEYS = 1000
+
+
+class AggregatePlan(msgspec.Struct, frozen=True):
+    """What becomes of hits at the source, in the place of rows."""
+
+    function: Function
+    parameters: tuple[int, ...] = ()
+    value: FetchPlan | None = None
+    """What it is of; None for ``count``."""
+    by: tuple[FetchPlan, ...] = ()
+    max_keys: int = DEFAULT_MAX_KEYS
+    """Rows that are kept apart; beyond, hits count in one row for all other keys."""

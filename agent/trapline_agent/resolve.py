@@ -29,9 +29,9 @@ from trapline.model import (
 from trapline.spec import require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
-from trapline_agent.capture.program import lower
+from trapline_agent.capture.program import lower, lower_aggregate
 from trapline_agent.objects import Finder, FoundFile, scan
-from trapline_agent.plans import FetchPlan, FileKey, SitePlan
+from trapline_agent.plans import DEFAULT_MAX_KEYS, AggregatePlan, FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
 from trapline_agent.targets.process import (
@@ -69,6 +69,8 @@ class Plan:
     plans: list[SitePlan] = field(default_factory=list)
     """What can be armed."""
     fetches: list[FetchPlan] = field(default_factory=list)
+    aggregate: AggregatePlan | None = None
+    """What becomes of hits in the place of rows."""
     where: dict[str, str] = field(default_factory=dict)
     """The selector as the tracer takes it: about processes only, users as numbers."""
     watch: list[str] = field(default_factory=list)
@@ -105,14 +107,24 @@ class _Place:
 class Resolver:
     """Resolves probes and answers questions about this host; keeps the symbols of the files it has read."""
 
-    def __init__(self, host_id: str, host_name: str, self_pids: Collection[int], tracer_pid: int) -> None:
+    def __init__(
+        self,
+        host_id: str,
+        host_name: str,
+        self_pids: Collection[int],
+        tracer_pid: int,
+        *,
+        max_keys: int = DEFAULT_MAX_KEYS,
+    ) -> None:
         """
         Args:
             host_id: the host's id, for answers.
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
+            max_keys: rows that a probe's aggregate keeps apart here.
         """
+        self._max_keys = max_keys
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
@@ -153,7 +165,12 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
-        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
+        plan = Plan(
+            where=with_numbers(spec.where, self._host_name),
+            fetches=[] if spec.aggregate else lower(spec.captures, spec.kind),
+        )
+        if spec.aggregate is not None:
+            plan.aggregate = lower_aggregate(spec.aggregate, spec.kind, self._max_keys)
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from trapline.aggregates import MAX_RANK, REGISTERS, Cell, Key, Part
+from trapline.aggregates import MAX_RANK, REGISTERS, Cell, Key, Part, Table
 from trapline.errors import ProtocolError
 from trapline.protocol import hits
 
@@ -207,6 +207,37 @@ def decode(frame: bytes) -> Delta:
     if sum(sent.cell.count for sent in entries) != delta.count:
         raise ProtocolError(f"an aggregate frame of {delta.count} hits has rows of another number")
     return delta
+
+
+def merged(first: bytes, second: bytes) -> bytes | None:
+    """Returns one frame in the place of two of which the second follows on the first; None where there is none.
+
+    Raises:
+        ProtocolError: one of them is no aggregate frame.
+    """
+    if len(first) + len(second) > FRAME_BYTES:
+        return None  # it need not become so large, but what has so many keys is not looked through for each frame
+    one, two = decode(first), decode(second)
+    same = (one.host, one.probe, one.source, one.generation) == (two.host, two.probe, two.source, two.generation)
+    if not same or two.seq != one.seq + one.count or two.drops:
+        return None
+    table = Table(MAX_CELLS, _MAX_BINS // 2)
+    for delta in (one, two):
+        table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+    ((_, frame),) = split(
+        table.cells.items(),
+        table.other,
+        host=one.host,
+        probe=one.probe,
+        source=one.source,
+        seq=one.seq,
+        begin_ns=one.begin_ns,
+        end_ns=max(one.end_ns, two.end_ns),
+        generation=one.generation,
+        drops=one.drops,
+        max_bytes=MAX_FRAME_BYTES,
+    )
+    return frame
 
 
 def _check_head(head: _Head | Delta) -> None:
