@@ -485,6 +485,16 @@ class AggregateRow(Model):
     """Hits whose value could not be had, by status: counted, and in no other figure."""
 
 
+class AggregatePoint(Model):
+    """What an aggregate says of a stretch of time."""
+
+    start: datetime
+    count: int
+    """Hits in all rows, shown or not."""
+    rows: list[AggregateRow] = Field(default_factory=list)
+    other: AggregateRow | None = None
+
+
 class AggregateTable(Model):
     """What a probe's aggregate says."""
 
@@ -501,7 +511,10 @@ class AggregateTable(Model):
     lost: int = 0
     """Hits that were counted on their host and are not in here; the probe's ``dropped_by_reason`` says where they went."""
     since: datetime | None = None
+    """When the first of its hits may have been, at the earliest; null where there are none."""
     until: datetime | None = None
+    series: list[AggregatePoint] = Field(default_factory=list)
+    """Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out."""
 
 
 class Problem(Model):

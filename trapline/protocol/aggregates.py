@@ -97,11 +97,11 @@ _MALFORMED = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, 
 
 
 def entry(key: Key, cell: Cell) -> Entry:
-    """Returns a row as it is sent. The cell is the caller's no more."""
-    high = 0
+    """Returns a row as it is sent."""
     if isinstance(cell.sum, int) and not -_LIMB < cell.sum < _LIMB:
-        high, cell.sum = divmod(cell.sum, _LIMB)
-    return Entry(key, cell, high)
+        high, low = divmod(cell.sum, _LIMB)
+        return Entry(key, msgspec.structs.replace(cell, sum=low), high)
+    return Entry(key, cell)
 
 
 def is_delta(frame: bytes) -> bool:
@@ -130,7 +130,7 @@ def split(
 ) -> list[tuple[int, bytes]]:
     """Returns cells as (count, frame), each of some ``max_bytes`` at most but for a single cell that is larger.
 
-    The cells are not the caller's any more. Cells without a hit are left out.
+    Cells without a hit are left out.
     """
     frames: list[tuple[int, bytes]] = []
     untold = drops or {}
@@ -199,14 +199,44 @@ def decode(frame: bytes) -> Delta:
     for sent in entries:
         _check_key(sent.key)
         _check_cell(sent.cell)
-        if sent.high:
-            if not isinstance(sent.cell.sum, int):
-                raise ProtocolError("an aggregate frame has half a sum")
-            sent.cell.sum += sent.high * _LIMB
-            sent.high = 0
+        _put_together(sent)
     if sum(sent.cell.count for sent in entries) != delta.count:
         raise ProtocolError(f"an aggregate frame of {delta.count} hits has rows of another number")
     return delta
+
+
+class _Kept(msgspec.Struct, omit_defaults=True):
+    entries: list[Entry]
+    other: Entry | None = None
+
+
+_kept_decoder = msgspec.msgpack.Decoder(_Kept)
+
+
+def pack(table: Table) -> bytes:
+    """Returns a table as bytes, for a store."""
+    kept = _Kept([entry(*row) for row in table.cells.items()], entry((), table.other) if table.other else None)
+    return _encode(kept)
+
+
+def unpack(data: bytes, into: Table) -> None:
+    """Adds a table that ``pack`` gave. Raises ProtocolError where it is damaged."""
+    try:
+        kept = _kept_decoder.decode(data)
+    except _MALFORMED as e:
+        raise ProtocolError(f"a kept aggregate is damaged: {e}") from e
+    for sent in [*kept.entries, *([kept.other] if kept.other is not None else [])]:
+        _put_together(sent)
+    into.add(((e.key, e.cell) for e in kept.entries), kept.other.cell if kept.other is not None else None)
+
+
+def _put_together(sent: Entry) -> None:
+    """Makes one sum of its two parts."""
+    if sent.high:
+        if not isinstance(sent.cell.sum, int):
+            raise ProtocolError("an aggregate frame has half a sum")
+        sent.cell.sum += sent.high * _LIMB
+        sent.high = 0
 
 
 def merged(first: bytes, second: bytes) -> bytes | None:
