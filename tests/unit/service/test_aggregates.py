@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from tests.unit.service.peers import World
-from trapline.aggregates import Function, Table, recorder
+from tests.unit.service.peers import NOW, World, frame
 from trapline.model import Aggregate, AggregateTable
 from trapline.protocol import aggregates as wire
 from trapline.protocol import stream as st
@@ -20,34 +18,6 @@ from trapline_service.config import Settings
 from trapline_service.hub import Hub
 from trapline_service.server import Server
 from trapline_service.store.sqlite import sqlite_store
-
-NOW = time.time_ns()
-
-
-def frame(
-    probe: str,
-    values: dict[str, list[int]],
-    *,
-    function: Function = "sum",
-    seq: int = 0,
-    host: str = "hst_a",
-    source: str = "src_1",
-    end_ns: int = NOW,
-    drops: dict[str, int] | None = None,
-) -> bytes:
-    """Returns a frame: of each key the values of its hits."""
-    table = Table(100)
-    record = recorder(function, ())
-    for text, row in values.items():
-        for value in row:
-            cell = table.cell(((text.encode(), 0),))
-            cell.count += 1
-            record(cell, (value, 0))
-    ((_, encoded),) = wire.split(
-        table.cells.items(), None, host=host, probe=probe, source=source, seq=seq, begin_ns=end_ns - 1000, end_ns=end_ns,
-        drops=drops,
-    )  # fmt: skip
-    return encoded
 
 
 async def whole(world: World, probe: dict[str, Any], **params: Any) -> AggregateTable:

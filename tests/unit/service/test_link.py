@@ -11,8 +11,7 @@ from hypothesis import strategies as some
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from tests.unit.service.peers import World, batch, target
-from tests.unit.service.test_aggregates import frame
+from tests.unit.service.peers import World, batch, frame, target
 from trapline.model import Aggregate, HostFacts, Process
 from trapline.protocol import messages as m
 from trapline.protocol.stream import Status
