@@ -13,6 +13,7 @@ want go golang-go
 want readelf binutils
 want gdb gdb
 want strace strace
+want bpftrace bpftrace
 want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2

@@ -107,6 +107,14 @@ class Aggregates:
         """Brings back what was kept. Raises Unavailable."""
         self._kept = {whole.probe: whole for whole in await self._store.wholes()}
 
+    def sequences(self) -> dict[tuple[str, str, str], int]:
+        """Returns the next sequence of each (probe, host, source) by what a former run kept, for the ledger."""
+        return {
+            (whole.probe, *_host_and_source(key)): seq
+            for whole in self._kept.values()
+            for key, seq in whole.next.items()
+        }
+
     def keep_only(self, probes: Iterable[str]) -> None:
         """Forgets what a former run kept of probes that are gone."""
         for probe in self._kept.keys() - set(probes):
@@ -277,6 +285,11 @@ class Aggregates:
 def status_fields(table: AggregateTable) -> str:
     """Returns a table as the members of a ``Status`` message after its ``id``."""
     return f'"probe":null,"host":null,"aggregate":{table.model_dump_json()},"removed":null'
+
+
+def _host_and_source(key: str) -> tuple[str, str]:
+    host, _, source = key.partition(" ")
+    return host, source
 
 
 def _time(ns: int) -> datetime | None:

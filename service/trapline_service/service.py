@@ -88,6 +88,7 @@ class Service:
         self._links.positions = {p.host: p for p in await self.store.positions()}
         await self.fleet.load()
         await self.aggregates.load()
+        self.ledger.load(self.aggregates.sequences())
         await self.probes.load()
         self.aggregates.keep_only(probe.id for probe in self.probes.all())
         self.fleet.presence_changed = self.probes.presence_changed

@@ -16,6 +16,8 @@ import pytest
 from msgspec import structs
 
 from tests.support.world import SimulatedFiles
+from trapline.aggregates import Table as Cells
+from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
 from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import Engine, Observer, ProcessId
@@ -114,7 +116,7 @@ class Host:
         def ring() -> HitRing:
             if aggregate is None:
                 return HitRing(fetches, max_hits=max_hits, returns=returns)
-            return AggregateStore(aggregate, self.engine.comms, max_hits=max_hits, returns=returns)
+            return AggregateStore(aggregate, {}, max_hits=max_hits, returns=returns)
 
         consumer = self.table.publish(message, ring)
         self._consumers[probe] = consumer
@@ -240,7 +242,10 @@ class Probe:
 
     def batches(self) -> list[HitBatch]:
         """Drains the ring."""
-        drained = self.ring.drain(
+        return [decode(batch) for _, batch in self._drained()]
+
+    def _drained(self) -> list[tuple[int, bytes]]:
+        return self.ring.drain(
             host="h",
             probe=self._consumer.probe,
             source="s",
@@ -248,7 +253,14 @@ class Probe:
             sites=self._consumer.register.sites,
             comms={},
         )
-        return [decode(batch) for _, batch in drained]
+
+    def table(self) -> Cells:
+        """Drains the store of an aggregate."""
+        table = Cells(100_000)
+        for _, frame in self._drained():
+            delta = aggregates.decode(frame)
+            table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+        return table
 
     def unregister(self) -> None:
         self._host.unregister(self._consumer.probe)
