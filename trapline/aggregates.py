@@ -335,6 +335,14 @@ def _tau(x: float) -> float:
     return z / 3
 
 
+def buckets_of(function: str, parameters: list[int]) -> tuple[int, int]:
+    """Returns the first and the last bucket that a histogram can have."""
+    if function == "lhist":
+        low, high, step = parameters
+        return -1, (high - low + step - 1) // step
+    return -65, 65
+
+
 def bounds(function: str, parameters: list[int], bin: int) -> tuple[int | None, int | None]:
     """Returns the least value of a histogram's bucket, and the first beyond it; None: there is no bound."""
     if function == "lhist":

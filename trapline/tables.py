@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trapline.aggregates import Cell, Key, Part, Table, bounds, distinct, most, quantile, values
+from trapline.aggregates import Cell, Key, Part, Table, bounds, buckets_of, distinct, most, quantile, values
 from trapline.model import Aggregate, AggregateBucket, AggregateItem, AggregateRow, AggregateTable, AggregateValue
 from trapline.protocol.hits import ValueStatus, status_text
 
@@ -60,10 +60,11 @@ def row_of(aggregate: Aggregate, key: Key, cell: Cell) -> AggregateRow:
 
 
 def _buckets(aggregate: Aggregate, cell: Cell) -> list[AggregateBucket]:
-    if not cell.bins:
-        return []
+    # Of what an agent sends, buckets that there cannot be are left out here: nobody could show them.
+    least, most = buckets_of(aggregate.function, aggregate.parameters)
+    bins = [bin for bin in cell.bins if least <= bin <= most]
     buckets = []
-    for bin in range(min(cell.bins), max(cell.bins) + 1):
+    for bin in range(min(bins), max(bins) + 1) if bins else ():
         low, high = bounds(aggregate.function, aggregate.parameters, bin)
         buckets.append(AggregateBucket(low=_exact(low), high=_exact(high), count=cell.bins.get(bin, 0)))
     return buckets

@@ -290,6 +290,14 @@ def test_rows_say_what_cells_know() -> None:
     assert len(table_of(said.aggregate, table, top=1).rows) == 1
 
 
+def test_a_bucket_that_there_is_not_is_left_out() -> None:
+    """An agent may send anything."""
+    for function in ("hist", "lhist"):
+        aggregate = Aggregate(text="", function=function, parameters=list(FORMS[function]))
+        cell = Cell(count=9, bins={16384: 4, -16384: 4, 2: 1})
+        assert [b.count for b in row_of(aggregate, (), cell).buckets] == [1]
+
+
 def test_rows_of_each_function() -> None:
     def row(function: Function) -> object:
         aggregate = Aggregate(text="", function=function, parameters=list(FORMS[function]))

@@ -43,7 +43,7 @@ def value(of: AggregateValue) -> str:
         return "-"
     if isinstance(of, float):
         size = abs(of)
-        return f"{of:,.0f}" if size >= 100 else f"{of:,.1f}" if size >= 1 else f"{of:.4g}"
+        return f"{of:,.0f}" if size >= 1000 else f"{of:,.1f}" if size >= 1 else f"{of:.4g}"
     if isinstance(of, int):
         return f"{of:,}"
     return plain(of)
@@ -52,7 +52,7 @@ def value(of: AggregateValue) -> str:
 def _key_part(of: AggregateValue, status: str) -> str:
     if of is None:
         return f"<{status}>"
-    text = plain(of) if isinstance(of, str) else str(of)
+    text = plain(of) or '""' if isinstance(of, str) else str(of)
     return (text[: _LONGEST - 1] + "…") if len(text) > _LONGEST else text + ("…" if status == "truncated" else "")
 
 

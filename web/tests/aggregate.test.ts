@@ -31,8 +31,8 @@ describe("figures", () => {
 });
 
 it("keys say what they are not", () => {
-  expect([keyText("nginx", ""), keyText("a\nb", ""), keyText("long", "truncated"), keyText(null, "fault"), keyText(7, "")]).toEqual([
-    "nginx", "a\\nb", "long…", "<fault>", "7",
+  expect([keyText("nginx", ""), keyText("a\nb", ""), keyText("long", "truncated"), keyText(null, "fault"), keyText(7, ""), keyText("", "")]).toEqual([
+    "nginx", "a\\nb", "long…", "<fault>", "7", '""',
   ]);
 });
 

@@ -9,6 +9,7 @@ type Value = Row["value"];
 /** A value that was grouped by or counted; a faulty one says why in angle brackets. */
 export function keyText(value: Value, status: string): string {
   if (value === null) return `<${status || "none"}>`;
+  if (value === "") return '""';
   const text = typeof value === "string" && !/^-?\d+$/.test(value) ? quoted(value).slice(1, -1) : String(value);
   return text + (status === "truncated" ? "…" : "");
 }
@@ -17,7 +18,7 @@ export function keyText(value: Value, status: string): string {
 export function figure(value: Value): string {
   if (value === null) return "–";
   if (typeof value === "string") return value.replace(/\B(?=(\d{3})+(?!\d))/g, ",");
-  if (Number.isInteger(value) || Math.abs(value) >= 100) return whole(value);
+  if (Number.isInteger(value) || Math.abs(value) >= 1000) return whole(value);
   return Math.abs(value) >= 1 ? value.toFixed(1) : value.toPrecision(3);
 }
 
