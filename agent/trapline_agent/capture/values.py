@@ -69,7 +69,8 @@ def _getter(fetch: FetchPlan, comms: Mapping[int, str], kept: int) -> _Getter:
         ) -> Part:
             value = of_entry[kept]
             if isinstance(value, tuple):
-                return value[0], int(value[1])
+                text, status = value
+                return text if status <= ValueStatus.TRUNCATED else None, int(status)
             return _string(memory, value, limit) if fetch.string else (value, _OK)
 
         return of_the_entry

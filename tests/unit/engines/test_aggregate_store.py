@@ -40,9 +40,8 @@ def drained(store: AggregateStore, *, last: bool = True) -> list[Delta]:
     return [decode(frame) for _, frame in frames]
 
 
-def whole(deltas: list[Delta]) -> Table:
+def whole(deltas: list[Delta], *, seq: int = 0) -> Table:
     table = Table(100_000, 100_000)
-    seq = 0
     for delta in deltas:
         assert delta.seq == seq
         seq += delta.count
@@ -111,13 +110,16 @@ def test_returns_keep_what_is_asked_of_the_entry(memory: int) -> None:
     store = AggregateStore(AggregatePlan("max", value=FetchPlan("latency", "latency"), by=by), {}, returns=True)
     sink = store.return_sink(0)
     kept = [sink.enter(words(rdi=64), memory) for _ in range(3)]
+    sink.leave(0, 7, 7, words(), memory, 9, sink.enter(words(rdi=0), memory))
+    ((null, _),) = whole(drained(store)).cells.items()
+    assert null == ((0, 0), (None, ValueStatus.NULL), (7, 0))
     for i, one in enumerate(kept[:2]):
         sink.leave(0, 7, 7, words(rdi=1, rax=2), memory, 50 + i, one)
     sink.lose("abandoned")
-    (only,) = whole(drained(store)).cells.items()
+    (only,) = whole(drained(store), seq=1).cells.items()
     assert only[0] == ((64, 0), (b"hello", 0), (7, 0))
     assert (only[1].count, only[1].max) == (2, 51)
-    assert (store.calls, store.hits, store.unreturned, store.in_flight) == (3, 2, {"abandoned": 1}, 0)
+    assert (store.calls, store.hits, store.unreturned, store.in_flight) == (4, 3, {"abandoned": 1}, 0)
 
 
 def test_the_limit_is_exact(memory: int) -> None:
