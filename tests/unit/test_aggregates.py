@@ -164,6 +164,21 @@ def test_frequent_items_keep_their_promise(streams: list[list[int]], order: rand
         assert whole.error == 0
 
 
+def test_frequent_items_among_very_many() -> None:
+    """More different values than are kept, some of them frequent: these are found, and no count is off by more than said."""
+    rng = random.Random(5)
+    streams = [[int(rng.paretovariate(0.6)) for _ in range(8_000)] for _ in range(5)]
+    true = collections.Counter(v for stream in streams for v in stream)
+    whole = added(*(filled("topk", [(v, 0) for v in stream]) for stream in streams))
+    assert len(true) > 10 * len(whole.items)
+    assert whole.error > 0
+    for value, count in true.items():
+        assert count - whole.error <= whole.items.get((value, 0), 0) <= count
+    assert whole.error * (capacity_of("topk", (10,)) + 1) <= whole.count
+    top = [item[0] for item in sorted(whole.items, key=lambda item: -whole.items[item])[:5]]
+    assert top == [value for value, _ in true.most_common(5)]
+
+
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5)), max_size=80))
 def test_a_full_table_counts_on(hits: list[tuple[int, int]]) -> None:
     table = Table(5)
