@@ -15,7 +15,7 @@ Where the figures come from, and what they promise:
 - ``distinct``: HyperLogLog with 64-bit hashes and 4,096 registers; the estimator is Ertl's ("New cardinality estimation
   algorithms for HyperLogLog sketches", 2017): a standard error of 1.6 %.
 
-docs/adr/0017 says why these are here and not a library's.
+docs/adr/0019 says why these are here and not a library's.
 """
 
 from __future__ import annotations

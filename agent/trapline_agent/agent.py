@@ -22,7 +22,9 @@ from trapline.errors import ProtocolError, TraplineError
 from trapline.ids import new_id
 from trapline.model import EngineInfo, HookInfo, HostFacts, Module, ProbeSpec, Process
 from trapline.protocol import messages as m
+from trapline_agent.capture.redaction import redaction
 from trapline_agent.config import AgentSettings, instance_id
+from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.link import Link
 from trapline_agent.outbox import STAGE, Outbox
@@ -129,6 +131,8 @@ class Agent:
             self._self_pids,
             tracer.ready.pid,
             max_keys=self._settings.aggregate_keys,
+            debug=DebugFiles(self._settings.state_dir).of,
+            redact=redaction(self._settings.redact),
         )
         await self._tasks.__aenter__()
         self._reconciler = Reconciler(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.errors import NoDebugInfo, NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
@@ -26,12 +26,22 @@ from trapline.model import (
     Target,
     TargetState,
 )
-from trapline.spec import require_supported
+from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
-from trapline_agent.capture.program import lower, lower_aggregate
+from trapline_agent.capture.compiler import Site
+from trapline_agent.capture.program import (
+    columns_of,
+    compiled,
+    explicit,
+    lower_aggregate,
+    merged,
+    needs_scope,
+    require_numbers,
+)
+from trapline_agent.debuginfo.model import DebugInfo
 from trapline_agent.objects import Finder, FoundFile, scan
-from trapline_agent.plans import DEFAULT_MAX_KEYS, AggregatePlan, FetchPlan, FileKey, SitePlan
+from trapline_agent.plans import DEFAULT_MAX_KEYS, AggregatePlan, FetchPlan, FileKey, Program, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
 from trapline_agent.targets.process import (
@@ -115,6 +125,8 @@ class Resolver:
         tracer_pid: int,
         *,
         max_keys: int = DEFAULT_MAX_KEYS,
+        debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
+        redact: Callable[[Collection[str]], bool] | None = None,
     ) -> None:
         """
         Args:
@@ -123,12 +135,16 @@ class Resolver:
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
             max_keys: rows that a probe's aggregate keeps apart here.
+            debug: finds a file's debug information.
+            redact: whether what has one of these names, or is of such a type, must not be captured.
         """
         self._max_keys = max_keys
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
+        self._debug = debug
+        self._redact = redact
         self._finder = Finder(host_name, IndexCache())
 
     # --- probes
@@ -165,12 +181,9 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
-        plan = Plan(
-            where=with_numbers(spec.where, self._host_name),
-            fetches=[] if spec.aggregate else lower(spec.captures, spec.kind),
-        )
+        plan = Plan(where=with_numbers(spec.where, self._host_name))
         if spec.aggregate is not None:
-            plan.aggregate = lower_aggregate(spec.aggregate, spec.kind, self._max_keys)
+            plan.aggregate = lower_aggregate(spec.aggregate, self._max_keys)
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -238,9 +251,18 @@ class Resolver:
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, _shown(spec, file))
+                self._add_place(plan, file, fd, index, place, _shown(spec, file), spec)
 
-    def _add_place(self, plan: Plan, file: FoundFile, fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
+    def _add_place(
+        self,
+        plan: Plan,
+        file: FoundFile,
+        fd: int,
+        index: SymbolIndex,
+        place: _Place,
+        module: str,
+        spec: ProbeSpec | None = None,
+    ) -> None:
         site = ResolvedSite(
             module=text(file.path),
             build_id=index.build_id,
@@ -265,10 +287,13 @@ class Resolver:
                     reason="TextRelocation",
                     hint="probe another instruction of the function, or a build with -fPIC",
                 )
+            computed = None if spec is None else self._computed(plan, spec, file, index, place, module)
         except TraplineError as e:
             site.refused = e.to_wire()
             return
         site.instruction, site.step = step.text, step.method
+        if computed is not None:
+            plan.fetches = computed[0]
         label = f"{module}:{place.label}"
         if label not in plan.sites:
             plan.sites.append(label)
@@ -283,8 +308,65 @@ class Resolver:
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
                 go=place.go,
+                program=computed[1] if computed is not None else None,
             )
         )
+
+    def _computed(
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: _Place, module: str
+    ) -> tuple[list[FetchPlan], Program | None]:
+        """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
+        probe's text."""
+        segment = index.segment_at(place.offset)
+        columns, aggregate = columns_of(spec), spec.aggregate is not None
+        debug, scope, unread = None, None, None
+        if self._redact is not None or needs_scope(columns, spec.condition, spec.kind, aggregate=aggregate):
+            try:
+                debug = self._debug(file)
+                scope = None if debug is None else debug.scope(place.offset)
+            except TraplineError as e:
+                unread = e  # it matters only where something is called by its name
+        symbol = place.symbol.name if place.symbol else ""
+        constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}
+        if scope is not None:
+            constants |= {"file": scope.file or scope.function.file, "line": scope.line or scope.function.line}
+            constants["func"] = scope.function.name or symbol
+        is_go = place.go or (index.is_go and "." in symbol)
+        try:
+            fetches, program = compiled(
+                columns,
+                spec.condition,
+                Site(
+                    module=module,
+                    kind=spec.kind,
+                    entry=scope.entry if scope is not None else place.symbol is not None and not place.symbol_offset,
+                    go=is_go and not place.symbol_offset,
+                    vaddr=place.offset + (segment.vaddr - segment.offset if segment else 0),
+                    symbol=symbol,
+                    scope=scope,
+                    debug=debug,
+                    constants=constants,
+                    redact=self._redact or (lambda names: False),
+                ),
+                aggregate=aggregate,
+            )
+            if spec.aggregate is not None:
+                require_numbers(spec.aggregate, fetches)
+        except TraplineError as e:
+            if isinstance(e, NoDebugInfo) and unread is not None:
+                raise unread from e
+            if e.text and e.position is not None:
+                e.text, e.position = spec.text, place_of(spec, e.text) + e.position
+            raise
+        if not plan.plans or fetches == plan.fetches:
+            return fetches, program
+        both = merged(plan.fetches, fetches)
+        if both != plan.fetches and _is_plain(plan.fetches):
+            others = explicit(plan.fetches)
+            plan.plans = [msgspec.structs.replace(p, program=p.program or others) for p in plan.plans]
+        if both != fetches and _is_plain(fetches):
+            program = program or explicit(fetches)
+        return both, program
 
     # --- processes
 
@@ -547,6 +629,33 @@ def _require_boundary(fd: int, index: SymbolIndex, place: _Place, module: str) -
         suggestions=near,
         reason="MidInstruction",
     )
+
+
+# --- what is computed ---
+
+
+def with_columns(plan: Plan, columns: list[FetchPlan]) -> Plan:
+    """Returns a plan whose sites all fill these columns.
+
+    Raises:
+        Unsupported: its values are of other types.
+    """
+    own = plan.fetches
+    if own == columns:
+        return plan
+    if _is_plain(columns) or [c.column for c in merged(columns, own)] != [c.column for c in columns]:
+        raise Unsupported(
+            "what the probe captures is of other types in files that have come since",
+            hint="probe these files apart",
+            reason="CaptureType",
+        )
+    plain = explicit(own) if _is_plain(own) else None
+    plans = [msgspec.structs.replace(p, program=p.program or plain) for p in plan.plans]
+    return replace(plan, plans=plans, fetches=columns)
+
+
+def _is_plain(fetches: Iterable[FetchPlan]) -> bool:
+    return all(f.register for f in fetches)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ REGISTERS = [FetchPlan(name=f"arg{i}", register=r) for i, r in enumerate(("rdi",
 LATENCY = [FetchPlan(name="latency", register="latency")]
 STRING = [FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
 AGGREGATES = {
-    "count()": AggregatePlan("count"),
-    "hist(arg0)": AggregatePlan("hist", value=REGISTERS[0]),
-    "quantiles(arg0)": AggregatePlan("quantiles", value=REGISTERS[0]),
-    "distinct(arg0)": AggregatePlan("distinct", value=REGISTERS[0]),
-    "count() by (str)": AggregatePlan("count", by=tuple(STRING)),
+    "count()": (AggregatePlan("count"), []),
+    "hist(arg0)": (AggregatePlan("hist"), REGISTERS[:1]),
+    "quantiles(arg0)": (AggregatePlan("quantiles"), REGISTERS[:1]),
+    "distinct(arg0)": (AggregatePlan("distinct"), REGISTERS[:1]),
+    "count() by (str)": (AggregatePlan("count", by=1), STRING),
 }
 
 
@@ -93,9 +93,8 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
             number += 1
             probe = f"hit-{number}"
             plans = [rig.plan(KINDS[kind][1])]
-            await tracer.register(
-                probe, plans, fetches, rig.pid, returns=kind == "entry + return", aggregate=AGGREGATES.get(kind)
-            )
+            aggregate = AGGREGATES[kind][0] if kind in AGGREGATES else None
+            await tracer.register(probe, plans, fetches, rig.pid, returns=kind == "entry + return", aggregate=aggregate)
             session = Session(runs=(tracer.process.pid,))
             yield session
             await tracer.client.unregister(probe)
@@ -112,7 +111,7 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
     ]
     if tracer.returns:
         ways.append(way("entry + return", LATENCY))
-    return [*ways, *(way(kind, []) for kind in AGGREGATES)]
+    return [*ways, *(way(kind, fetches) for kind, (_, fetches) in AGGREGATES.items())]
 
 
 # --- a tracer in C ---------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Host:
         def ring() -> HitRing:
             if aggregate is None:
                 return HitRing(fetches, max_hits=max_hits, returns=returns)
-            return AggregateStore(aggregate, {}, max_hits=max_hits, returns=returns)
+            return AggregateStore(aggregate, fetches, {}, max_hits=max_hits, returns=returns)
 
         consumer = self.table.publish(message, ring)
         self._consumers[probe] = consumer

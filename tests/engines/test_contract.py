@@ -69,9 +69,17 @@ def test_registers_and_strings_are_those_of_the_call(host: Host, targets: Target
 def test_h1_an_aggregate_counts_every_call_of_all_threads(host: Host, targets: Targets) -> None:
     program = targets.build("hot")
     with targets.run("hot", "4") as child:
-        plan, by = AggregatePlan("count", by=(FetchPlan("tid", "tid"),)), AggregatePlan("count")
         site = host.files.plan(program, "target_hot")
-        probes = [host.register(site, probe=str(i), aggregate=p, pid=child.pid) for i, p in enumerate((plan, by))]
+        probes = [
+            host.register(
+                site,
+                probe="by thread",
+                aggregate=AggregatePlan("count", by=1),
+                fetches=[FetchPlan("tid", "tid")],
+                pid=child.pid,
+            ),
+            host.register(site, probe="alone", aggregate=AggregatePlan("count"), pid=child.pid),
+        ]
         child.ask("start")
         while child.count()["done"] < 200:
             pass
@@ -89,10 +97,14 @@ def test_an_aggregate_is_of_the_calls_own_values(host: Host, targets: Targets) -
     arg0, text = FetchPlan("arg0", "rdi"), FetchPlan("s", "rsi", string=True)
     with targets.run("hot", "1") as child:
         site = host.files.plan(program, "target_hot")
-        hist = host.register(site, probe="hist", aggregate=AggregatePlan("hist", value=arg0, by=(text,)), pid=child.pid)
-        top = host.register(site, probe="top", aggregate=AggregatePlan("topk", (2,), value=text), pid=child.pid)
-        returned = AggregatePlan("sum", value=FetchPlan("retval", "rax"), by=(structs.replace(text, entry=True),))
-        result = host.register(site, probe="sum", aggregate=returned, returns=True, pid=child.pid)
+        hist = host.register(
+            site, probe="hist", aggregate=AggregatePlan("hist", by=1), fetches=[text, arg0], pid=child.pid
+        )
+        top = host.register(site, probe="top", aggregate=AggregatePlan("topk", (2,)), fetches=[text], pid=child.pid)
+        returned = [structs.replace(text, entry=True), FetchPlan("retval", "rax")]
+        result = host.register(
+            site, probe="sum", aggregate=AggregatePlan("sum", by=1), fetches=returned, returns=True, pid=child.pid
+        )
         child.ask("call 300 one")
         child.ask("call 5 two")
         child.ask("callp 2 0")

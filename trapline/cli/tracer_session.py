@@ -44,7 +44,9 @@ from trapline.model import AggregateTable, DesiredProbe, ProbeLimits, ProbeSpec,
 from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
+from trapline.state import state_dir
 from trapline.tables import table_of
+from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
@@ -249,7 +251,8 @@ class Session:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
                 try:
-                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid))
+                    debug = DebugFiles(state_dir()).of
+                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid, debug=debug))
                 finally:
                     await self._keeper.stop()
             finally:
@@ -414,8 +417,12 @@ class Session:
         print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
         for probe, traced in self._probes.items():
             stats = traced.run.stats
-            if stats and (text := unreturned(stats.calls, stats.hits + stats.limited, stats.unreturned)):
+            if stats and (
+                text := unreturned(stats.calls, stats.hits + stats.filtered + stats.limited, stats.unreturned)
+            ):
                 note(f"{probe}: of {stats.calls:,} calls, not seen to return: {text}")
+            if stats and stats.filtered:
+                note(f"{probe}: {stats.filtered:,} more did not match the condition")
             if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
                 note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
 

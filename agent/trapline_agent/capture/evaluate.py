@@ -13,10 +13,8 @@ from operator import itemgetter
 
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.arch.x86_64.registers import INDEX
+from trapline_agent.capture.compute import USER_TOP
 from trapline_agent.plans import LATENCY, FetchPlan
-
-_USER_TOP = 0x7FFF_FFFF_F000
-"""End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""
 
 
 class Evaluator:
@@ -142,7 +140,7 @@ def read_string(memory: int, address: int, limit: int) -> tuple[bytes, ValueStat
     """
     if address == 0:
         return b"", ValueStatus.NULL
-    if address >= _USER_TOP:
+    if address >= USER_TOP:
         return b"", ValueStatus.FAULT
     try:
         data = os.pread(memory, limit, address)

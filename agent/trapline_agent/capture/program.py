@@ -1,77 +1,197 @@
-"""From a probe's captures to what the tracer fetches at the trap."""
+"""From a probe's captures and condition to what the tracer computes at one site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from trapline.errors import Unsupported
-from trapline.expressions import read_value
-from trapline.model import Aggregate, Capture, CaptureKind, ProbeKind
-from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS, RESULT_REGISTER
-from trapline_agent.plans import CONTEXT, LATENCY, AggregatePlan, FetchPlan
-
-_OF_A_RETURN = (
-    Capture(text="retval", name="retval", operand="retval"),
-    Capture(text=LATENCY, name=LATENCY, operand=LATENCY),
+from trapline.errors import SpecError, Unsupported
+from trapline.expressions import ARGUMENT
+from trapline.model import Aggregate, Capture, ProbeKind, ProbeSpec
+from trapline.tree import Call, Field, Name, parse, walk
+from trapline_agent.capture.compiler import Compiler, Site, unified
+from trapline_agent.plans import (
+    CONTEXT,
+    LATENCY,
+    AggregatePlan,
+    Context,
+    Entry,
+    FetchPlan,
+    Program,
+    Register,
+    Text,
+    Value,
 )
+
+_OF_A_RETURN = (Capture(text="retval", name="retval"), Capture(text=LATENCY, name=LATENCY))
 """What a return probe fetches that asks for nothing."""
+_ANYWHERE = Site()
 
 
-def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY) -> list[FetchPlan]:
-    """Returns one fetch for each capture, in order.
+def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY, site: Site = _ANYWHERE) -> list[FetchPlan]:
+    """Returns a probe's columns where they are plain fetches, of registers and of strings that these point to.
 
     Raises:
-        Unsupported: an operand that this processor does not have.
+        Unsupported: they are more than that: ``compiled`` has them.
+        TraplineError: one of them means nothing there.
+    """
+    fetches, program = compiled(captures, "", replace(site, kind=kind))
+    if program is not None:
+        raise Unsupported("these captures are more than plain fetches")
+    return fetches
+
+
+def columns_of(spec: ProbeSpec) -> list[Capture]:
+    """Returns what is computed of each hit: what it captures, or of an aggregate what it is grouped by, then what it is
+    of."""
+    if spec.aggregate is None:
+        return spec.captures
+    texts = [*spec.aggregate.by, *([spec.aggregate.value] if spec.aggregate.value else [])]
+    return [Capture(text=text, name=text) for text in texts]
+
+
+def lower_aggregate(aggregate: Aggregate, max_keys: int) -> AggregatePlan:
+    """Returns what the tracer does with the columns of a probe that has an aggregate."""
+    return AggregatePlan(aggregate.function, tuple(aggregate.parameters), len(aggregate.by), max_keys)
+
+
+def require_numbers(aggregate: Aggregate, columns: Sequence[FetchPlan]) -> None:
+    """Refuses an aggregate of numbers whose value is none. Raises SpecError."""
+    if aggregate.value and aggregate.function not in ("topk", "distinct") and columns[-1].column in ("str", "bytes"):
+        raise SpecError(
+            f"{aggregate.function} is of a number, and `{aggregate.value}` is a text",
+            hint="texts can be counted with topk(...), distinct(...), or count() by (...)",
+            text=aggregate.value,
+            position=0,
+        )
+
+
+def compiled(
+    captures: Iterable[Capture], condition: str, site: Site, *, aggregate: bool = False
+) -> tuple[list[FetchPlan], Program | None]:
+    """Compiles what a probe computes at a site.
+
+    Args:
+        captures: its columns; of a return probe none means the result and the time.
+        condition: an expression; empty where there is none.
+        site: the place.
+        aggregate: they are an aggregate's: no columns mean none, and pid, tid and comm are plain fetches too.
+
+    Returns:
+        The columns, and the site's program; None where the columns are plain fetches, which need none.
+
+    Raises:
+        TraplineError: an expression means nothing there; has its text and the place in it.
     """
     captures = list(captures)
-    if kind is ProbeKind.RETURN:
+    if site.kind is ProbeKind.RETURN and not aggregate:
         captures = captures or list(_OF_A_RETURN)
-    return [_fetch(c) for c in captures]
+    compiler = Compiler(site)
+    columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
+    holds = compiler.condition(condition) if condition else None
+    plain = [_plain(*column) or (_context(*column) if aggregate else None) for column in columns]
+    if holds is None and all(plain):
+        return [p for p in plain if p], None
+    program = Program(tuple(value for _, _, value in columns), holds)
+    return [FetchPlan(name, type=kind) for name, kind, _ in columns], program
 
 
-def lower_aggregate(aggregate: Aggregate, kind: ProbeKind, max_keys: int) -> AggregatePlan:
-    """Returns what the tracer does with the hits of a probe that has an aggregate.
+def needs_scope(captures: Iterable[Capture], condition: str, kind: ProbeKind, *, aggregate: bool = False) -> bool:
+    """Whether debug information has a say in what a probe computes."""
+    captures = list(captures)
+    if kind is ProbeKind.RETURN and not captures and not aggregate:
+        return True
+    texts = [c.text for c in captures] + ([condition] if condition else [])
+    for text in texts:
+        nodes = list(walk(parse(text)))
+        spaces = {
+            id(n.of) for n in nodes if isinstance(n, Field) and isinstance(n.of, Name) and n.of.id in ("reg", "ctx")
+        }
+        for node in nodes:
+            if (
+                isinstance(node, Name)
+                and id(node) not in spaces
+                and not ARGUMENT.fullmatch(node.id)
+                and node.id != LATENCY
+            ):
+                return True
+            if isinstance(node, Call) and node.function == "cast":
+                return True
+    return False
+
+
+def compile_values(expressions: Sequence[str], site: Site) -> list[tuple[str, Value]]:
+    """Compiles expressions alone: returns (column type, value) of each; ``evaluate.Values`` computes them.
 
     Raises:
-        Unsupported: an operand that this processor does not have.
-        SpecError: an expression that cannot be read.
+        TraplineError: as ``compiled``.
     """
-
-    def fetch(text: str) -> FetchPlan:
-        return _fetch(read_value(text, returns=kind is ProbeKind.RETURN))
-
-    return AggregatePlan(
-        function=aggregate.function,
-        parameters=tuple(aggregate.parameters),
-        value=fetch(aggregate.value) if aggregate.value else None,
-        by=tuple(fetch(text) for text in aggregate.by),
-        max_keys=max_keys,
-    )
+    compiler = Compiler(site)
+    return [compiler.column(text) for text in expressions]
 
 
-def _fetch(capture: Capture) -> FetchPlan:
-    return FetchPlan(
-        capture.name,
-        _register(capture),
-        string=capture.kind is CaptureKind.STRING,
-        max_bytes=capture.max_bytes,
-        entry=capture.entry,
-        late=capture.late,
-    )
+def merged(columns: Sequence[FetchPlan], others: Sequence[FetchPlan]) -> list[FetchPlan]:
+    """Returns columns that hold the values of two sites of one probe.
+
+    Raises:
+        Unsupported: one value is of another type at the other site.
+    """
+    both: list[FetchPlan] = []
+    for one, other in zip(columns, others, strict=True):
+        if one == other:
+            both.append(one)
+            continue
+        kind = unified(one.column, other.column)
+        if kind is None:
+            raise Unsupported(
+                f"`{one.name}` is {_of_type(other.column)} here, and {_of_type(one.column)} at the first place of the probe",
+                hint="probe these places apart",
+                reason="CaptureType",
+            )
+        both.append(FetchPlan(one.name, type=kind))
+    return both
 
 
-def _register(capture: Capture) -> str:
-    operand = capture.operand
-    if operand == "retval":
-        return RESULT_REGISTER
-    if operand == LATENCY or operand in CONTEXT:
-        return operand
-    number = operand.removeprefix("arg")
-    if number != operand and number.isdecimal() and int(number) < len(ARGUMENT_REGISTERS):
-        return ARGUMENT_REGISTERS[int(number)]
-    register = operand.removeprefix("reg.")
-    if register != operand and register in REGISTERS:
-        return register
-    raise Unsupported(
-        f"`{operand}` cannot be captured on x86-64", reason="Operand", hint="write arg0 to arg5 or reg.NAME"
-    )
+def explicit(fetches: Sequence[FetchPlan]) -> Program:
+    """Returns the program of plain fetches, for a probe whose other sites have programs."""
+    return Program(tuple(_value(f) for f in fetches))
+
+
+def _of_type(column: str) -> str:
+    return {"str": "a text", "bytes": "bytes"}.get(column, "a number")
+
+
+def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:
+    """Returns the plain fetch that a value is, if it is one."""
+    match kind, value:
+        case "u64", Register(name=register):
+            return FetchPlan(name, register)
+        case "u64", Entry(of=Register(name=register)):
+            return FetchPlan(name, register, entry=True)
+        case "u64", Context(name="latency"):
+            return FetchPlan(name, LATENCY)
+        case "str", Text(address=Register(name=register), limit=limit):
+            return FetchPlan(name, register, string=True, max_bytes=limit)
+        case "str", Entry(of=Text(address=Register(name=register), limit=limit)):
+            return FetchPlan(name, register, string=True, max_bytes=limit, entry=True)
+        case "str", Text(address=Entry(of=Register(name=register)), limit=limit):
+            return FetchPlan(name, register, string=True, max_bytes=limit, entry=True, late=True)
+    return None
+
+
+def _context(name: str, kind: str, value: Value) -> FetchPlan | None:
+    """Returns the fetch of an aggregate that needs neither registers nor memory."""
+    if isinstance(value, Context) and value.name in CONTEXT:
+        return FetchPlan(name, value.name, type=kind)
+    return None
+
+
+def _value(fetch: FetchPlan) -> Value:
+    """The other way round."""
+    known = fetch.register == LATENCY or fetch.register in CONTEXT
+    word: Value = Context(fetch.register) if known else Register(fetch.register)
+    if fetch.string:
+        late = fetch.entry and fetch.late
+        string = Text(Entry(word) if late else word, fetch.max_bytes)
+        return Entry(string) if fetch.entry and not late else string
+    return Entry(word) if fetch.entry else word

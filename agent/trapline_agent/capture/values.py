@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from trapline.aggregates import Key, Part
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.arch.x86_64.registers import INDEX
+from trapline_agent.capture.compute import MASK, Scalar
 from trapline_agent.capture.evaluate import Kept, read_string
 from trapline_agent.plans import CONTEXT, LATENCY, FetchPlan
 
@@ -21,6 +22,9 @@ ReturnValues = Callable[[Sequence[int], int, int, int, int, Kept], Key]
 _Getter = Callable[[Sequence[int], int, int, int, int, Kept], Part]
 
 _OK = int(ValueStatus.OK)
+_MAX_BYTES = 256
+"""Of a text that is grouped by, or counted."""
+_SIGN = 1 << 63
 
 
 def compile_values(fetches: Sequence[FetchPlan], comms: Mapping[int, str]) -> Values:
@@ -51,9 +55,20 @@ def compile_return_values(fetches: Sequence[FetchPlan], comms: Mapping[int, str]
     )
 
 
+def part_of(value: Scalar, status: int) -> Part:
+    """Returns what a program has computed as a part of a key, or a value: bounded, and None where there is none."""
+    if status > ValueStatus.TRUNCATED:
+        return None, status
+    if isinstance(value, bytes):
+        return (value, status) if len(value) <= _MAX_BYTES else (value[:_MAX_BYTES], int(ValueStatus.TRUNCATED))
+    if isinstance(value, float | bool) or -_SIGN <= value <= MASK:
+        return value, status
+    return value & MASK, int(ValueStatus.TRUNCATED)
+
+
 def _getter(fetch: FetchPlan, comms: Mapping[int, str], kept: int) -> _Getter:
     """``kept``: index of what was kept of the entry, or -1."""
-    limit = fetch.max_bytes
+    limit = min(fetch.max_bytes, _MAX_BYTES)
     if fetch.register == "comm":
         return lambda words, memory, pid, tid, latency_ns, of_entry: (comms.get(pid, "").encode(), _OK)
     if fetch.register in CONTEXT:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from trapline.aggregates import Key, Part, Table, capacity_of, recorder
 from trapline.protocol import aggregates
+from trapline_agent.capture.compute import Floats, Scalar
 from trapline_agent.capture.evaluate import Kept
-from trapline_agent.capture.values import compile_return_values, compile_values
+from trapline_agent.capture.values import compile_return_values, compile_values, part_of
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.plans import AggregatePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, Program
 
 INTERVAL_S = 0.25
 """Between two frames of a probe, at least."""
@@ -31,28 +32,39 @@ class AggregateStore(HitRing):
     def __init__(
         self,
         plan: AggregatePlan,
+        fetches: Sequence[FetchPlan],
         comms: Mapping[int, str],
         *,
         max_hits: int = 0,
         returns: bool = False,
+        floats: Floats | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             plan: what to do with each hit.
+            fetches: the probe's columns, of which the first ``plan.by`` are its rows' key.
             comms: names of processes by pid; it may change.
-            max_hits, returns, on_data, on_limit: as of a ``HitRing``.
+            max_hits, returns, floats, on_data, on_limit: as of a ``HitRing``.
         """
-        fetches = [*plan.by, *([] if plan.value is None else [plan.value])]
-        # Of the ring itself are the counters, and what a call keeps for its return.
+        plain = all(f.register for f in fetches)
+        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs.
         super().__init__(
-            [f for f in fetches if f.entry], max_hits=max_hits, returns=returns, on_data=on_data, on_limit=on_limit
+            [f for f in fetches if f.entry] if plain else fetches,
+            max_hits=max_hits,
+            returns=returns,
+            floats=floats,
+            on_data=on_data,
+            on_limit=on_limit,
         )
         self._plan = plan
-        self._keys = len(plan.by)
-        self._values = compile_values(() if returns else fetches, comms)
-        self._return_values = compile_return_values(fetches if returns else (), comms)
+        self._keys = plan.by
+        self._comms = comms
+        self._named = [i for i, f in enumerate(fetches) if f.name == "comm"]
+        """Columns that are the process' name, which costs a system call unless it is known."""
+        self._values = compile_values(fetches if plain and not returns else (), comms)
+        self._return_values = compile_return_values(fetches if plain and returns else (), comms)
         self._record = recorder(plan.function, plan.parameters)
         self._known: set[Key] = set()
         self._table = self._new_table()
@@ -91,7 +103,9 @@ class AggregateStore(HitRing):
     def due(self) -> float:
         return self._next_drain if self._pending else 0.0
 
-    def sink(self, site: int) -> Callable[[int, int, int, Sequence[int], int], None]:
+    def sink(self, site: int, program: Program | None = None) -> Callable[[int, int, int, Sequence[int], int], None]:
+        if program is not None:
+            return self.program_sink(site, program)
         values, lock, take = self._values, self._lock, self._take
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
@@ -99,6 +113,13 @@ class AggregateStore(HitRing):
                 take(values(words, memory, pid, tid))
 
         return record
+
+    def record(self, site: int, ts: int, pid: int, tid: int, values: Sequence[tuple[Scalar, int]]) -> None:
+        parts = [part_of(value, status) for value, status in values]
+        for i in self._named:
+            parts[i] = (self._comms.get(pid, "").encode(), 0)
+        with self._lock:
+            self._take(tuple(parts))
 
     def end(
         self, site: int, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept

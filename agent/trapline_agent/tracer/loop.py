@@ -25,7 +25,9 @@ from typing import Any
 from trapline.aggregates import FUNCTIONS
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
+from trapline.protocol.hits import VALUE_TYPES
 from trapline_agent.arch.x86_64 import REGISTERS
+from trapline_agent.capture.compute import wrong
 from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
@@ -389,11 +391,24 @@ class Tracer:
             made: HitRing
             data, limit, returns = self._shipper.data, message.max_hits, message.returns
             if message.aggregate is None:
-                made = HitRing(message.fetches, max_hits=limit, returns=returns, on_data=data, on_limit=complete)
+                made = HitRing(
+                    message.fetches,
+                    max_hits=limit,
+                    returns=returns,
+                    floats=self._engine.floats,
+                    on_data=data,
+                    on_limit=complete,
+                )
             else:
-                comms = self._engine.comms
                 made = AggregateStore(
-                    message.aggregate, comms, max_hits=limit, returns=returns, on_data=data, on_limit=complete
+                    message.aggregate,
+                    message.fetches,
+                    self._engine.comms,
+                    max_hits=limit,
+                    returns=returns,
+                    floats=self._engine.floats,
+                    on_data=data,
+                    on_limit=complete,
                 )
             return made
 
@@ -572,6 +587,7 @@ class Tracer:
         return m.Stats(
             probe=consumer.probe,
             hits=ring.hits,
+            filtered=ring.filtered,
             limited=ring.limited,
             uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
@@ -707,21 +723,30 @@ def _check_register(message: m.Register) -> None:
     for plan in message.plans:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
-    fetches = message.fetches
     if (aggregate := message.aggregate) is not None:
-        fetches = [*aggregate.by, *([] if aggregate.value is None else [aggregate.value])]
-        if message.fetches or not 1 <= aggregate.max_keys <= _MAX_KEYS:
-            raise EngineError(
-                f"probe {message.probe}: captures beside an aggregate, or {aggregate.max_keys} rows of one"
-            )
+        if not 1 <= aggregate.max_keys <= _MAX_KEYS:
+            raise EngineError(f"probe {message.probe}: an aggregate of {aggregate.max_keys} rows")
         if aggregate.function not in FUNCTIONS or len(aggregate.parameters) != FUNCTIONS[aggregate.function]:
             raise EngineError(f"probe {message.probe}: no such aggregate: {aggregate.function}{aggregate.parameters}")
-        if (aggregate.value is None) != (aggregate.function == "count"):
-            raise EngineError(f"probe {message.probe}: {aggregate.function} of nothing, or count of something")
-    for fetch in fetches:
+        if len(message.fetches) != aggregate.by + (aggregate.function != "count"):
+            raise EngineError(f"probe {message.probe}: {aggregate.function} of nothing, or of too much")
+    plain = all(fetch.register for fetch in message.fetches)
+    for plan in message.plans:
+        if not plain and (plan.program is None or len(plan.program.values) != len(message.fetches)):
+            raise EngineError(f"probe {message.probe} has no program for {message.sites[plan.site]}")
+        if plan.program is not None:
+            conditions = () if plan.program.condition is None else (plan.program.condition,)
+            for value in (*plan.program.values, *conditions):
+                if why := wrong(value):
+                    raise EngineError(f"probe {message.probe} cannot be computed at {message.sites[plan.site]}: {why}")
+    for fetch in message.fetches:
+        if fetch.column not in VALUE_TYPES:
+            raise EngineError(f"capture {fetch.name} of probe {message.probe}: no type `{fetch.column}`")
+        if not fetch.register and not plain:
+            continue
         if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
             continue
-        if aggregate is not None and fetch.register in CONTEXT and not fetch.entry:
+        if message.aggregate is not None and fetch.register in CONTEXT and not fetch.entry:
             continue
         if fetch.register not in REGISTERS:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")

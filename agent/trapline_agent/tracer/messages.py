@@ -77,7 +77,7 @@ class Register(Message, tag="register"):
     returns: bool = False
     """The sites are entries of functions; a hit is a return from one."""
     aggregate: AggregatePlan | None = None
-    """What becomes of hits in the place of rows; then ``fetches`` is empty."""
+    """What becomes of hits in the place of rows: ``fetches`` are what it is grouped by, then what it is of."""
 
 
 class Unregister(Message, tag="unregister"):

@@ -5,17 +5,31 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from trapline.aggregates import Key, Table
+from trapline.aggregates import Function, Key, Table
 from trapline.protocol.aggregates import Delta, decode
 from trapline.protocol.hits import ValueStatus
+from trapline_agent.capture.values import part_of
 from trapline_agent.engines.aggregate import AggregateStore
-from trapline_agent.plans import AggregatePlan, FetchPlan
+from trapline_agent.plans import AggregatePlan, Const, Context, FetchPlan, Op, Program, Register, Text
 
 RDI, RSI = FetchPlan("arg0", "rdi"), FetchPlan("arg1", "rsi")
 COMM, PID = FetchPlan("comm", "comm", string=True), FetchPlan("pid", "pid")
+
+
+def made(
+    function: Function,
+    *by: FetchPlan,
+    value: FetchPlan | None = None,
+    comms: dict[int, str] | None = None,
+    max_keys: int = 1000,
+    **more: Any,
+) -> AggregateStore:
+    fetches = [*by, *([] if value is None else [value])]
+    return AggregateStore(AggregatePlan(function, by=len(by), max_keys=max_keys), fetches, comms or {}, **more)
 
 
 def words(*, rdi: int = 0, rsi: int = 0, rax: int = 0) -> Sequence[int]:
@@ -54,7 +68,7 @@ def key(*values: object) -> Key:
 
 
 def test_hits_are_added_up_by_key(memory: int) -> None:
-    store = AggregateStore(AggregatePlan("sum", value=RDI, by=(COMM, RSI)), {7: "app"})
+    store = made("sum", COMM, RSI, value=RDI, comms={7: "app"})
     sink = store.sink(0)
     for i in range(10):
         sink(0, 7, 8, words(rdi=i, rsi=i % 2), memory)
@@ -70,7 +84,7 @@ def test_hits_are_added_up_by_key(memory: int) -> None:
 
 def test_strings_are_keys_with_their_status(memory: int) -> None:
     by = (FetchPlan("s", "rdi", string=True), FetchPlan("t", "rdi", string=True, max_bytes=2))
-    store = AggregateStore(AggregatePlan("count", by=by), {})
+    store = made("count", *by)
     sink = store.sink(0)
     for address in (64, 64, 0, 1 << 62):
         sink(0, 7, 7, words(rdi=address), memory)
@@ -83,7 +97,7 @@ def test_strings_are_keys_with_their_status(memory: int) -> None:
 
 
 def test_a_value_that_is_not_there_counts_as_such(memory: int) -> None:
-    store = AggregateStore(AggregatePlan("distinct", value=FetchPlan("s", "rdi", string=True)), {})
+    store = made("distinct", value=FetchPlan("s", "rdi", string=True))
     for address in (64, 0, 0):
         store.sink(0)(0, 7, 7, words(rdi=address), memory)
     (cell,) = whole(drained(store)).cells.values()
@@ -91,7 +105,7 @@ def test_a_value_that_is_not_there_counts_as_such(memory: int) -> None:
 
 
 def test_keys_are_bounded_and_those_that_have_a_row_keep_it(memory: int) -> None:
-    store = AggregateStore(AggregatePlan("count", by=(RDI,), max_keys=3), {})
+    store = made("count", RDI, max_keys=3)
     deltas: list[Delta] = []
     for round_ in range(3):
         for i in range(6):
@@ -107,7 +121,7 @@ def test_keys_are_bounded_and_those_that_have_a_row_keep_it(memory: int) -> None
 
 def test_returns_keep_what_is_asked_of_the_entry(memory: int) -> None:
     by = (FetchPlan("e", "rdi", entry=True), FetchPlan("s", "rdi", string=True, entry=True), PID)
-    store = AggregateStore(AggregatePlan("max", value=FetchPlan("latency", "latency"), by=by), {}, returns=True)
+    store = made("max", *by, value=FetchPlan("latency", "latency"), returns=True)
     sink = store.return_sink(0)
     kept = [sink.enter(words(rdi=64), memory) for _ in range(3)]
     sink.leave(0, 7, 7, words(), memory, 9, sink.enter(words(rdi=0), memory))
@@ -124,7 +138,7 @@ def test_returns_keep_what_is_asked_of_the_entry(memory: int) -> None:
 
 def test_the_limit_is_exact(memory: int) -> None:
     reached = threading.Event()
-    store = AggregateStore(AggregatePlan("count"), {}, max_hits=5, on_limit=reached.set)
+    store = made("count", max_hits=5, on_limit=reached.set)
     sink = store.sink(0)
     for i in range(8):
         assert reached.is_set() == (i >= 5)
@@ -134,7 +148,7 @@ def test_the_limit_is_exact(memory: int) -> None:
 
 def test_no_sooner_than_is_due_but_for_the_last(memory: int) -> None:
     told: list[int] = []
-    store = AggregateStore(AggregatePlan("count"), {}, on_data=lambda: told.append(1))
+    store = made("count", on_data=lambda: told.append(1))
     sink = store.sink(0)
     assert store.due == 0
     sink(0, 7, 7, words(), memory)
@@ -149,7 +163,7 @@ def test_no_sooner_than_is_due_but_for_the_last(memory: int) -> None:
 
 
 def test_a_lost_frame_is_told_with_the_next(memory: int) -> None:
-    store = AggregateStore(AggregatePlan("count"), {})
+    store = made("count")
     sink = store.sink(0)
     for _ in range(4):
         sink(0, 7, 7, words(), memory)
@@ -161,7 +175,7 @@ def test_a_lost_frame_is_told_with_the_next(memory: int) -> None:
 
 
 def test_threads_lose_nothing(memory: int) -> None:
-    store = AggregateStore(AggregatePlan("sum", value=RDI, by=(RSI,)), {})
+    store = made("sum", RSI, value=RDI)
     done = threading.Event()
 
     def hit(thread: int) -> None:
@@ -186,3 +200,29 @@ def test_threads_lose_nothing(memory: int) -> None:
     table = whole(deltas + drained(store))
     assert table.count == 20_000
     assert sum(c.sum for c in table.cells.values()) == 4 * sum(range(5000))
+
+
+def test_what_a_program_computes_is_a_key_and_a_value(memory: int) -> None:
+    """Arithmetic, a condition, a value that cannot be had, and one that is beyond 64 bits."""
+    rdi, rsi = Register("rdi"), Register("rsi")
+    program = Program(
+        (Context("comm"), Op("mod", (rdi, Const(3))), Text(rsi, 64), Op("mul", (rdi, rdi))),
+        Op("lt", (rdi, Const(100))),
+    )
+    columns = [FetchPlan("comm", type="str"), FetchPlan("m", type="u64"), FetchPlan("s", type="str")]
+    store = made("sum", *columns, value=FetchPlan("x", type="u64"), comms={7: "app"})
+    sink = store.sink(0, program)
+    for i in (4, 5, 7, 200, 300):
+        sink(0, 7, 7, words(rdi=i, rsi=64), memory)
+    sink(0, 7, 7, words(rdi=1), memory)
+    cells = whole(drained(store)).cells
+    app, hello = (b"app", 0), (b"hello", 0)
+    assert {key: (cell.count, cell.sum) for key, cell in cells.items()} == {
+        (app, (1, 0), hello): (2, 16 + 49),
+        (app, (2, 0), hello): (1, 25),
+        (app, (1, 0), (None, ValueStatus.NULL)): (1, 1),
+    }
+    assert (store.hits, store.filtered) == (4, 2)
+    assert part_of(1 << 64, 0) == (0, ValueStatus.TRUNCATED)
+    assert part_of(b"x" * 300, 0) == (b"x" * 256, ValueStatus.TRUNCATED)
+    assert part_of(0, ValueStatus.FAULT) == (None, ValueStatus.FAULT)

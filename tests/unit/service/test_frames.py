@@ -21,7 +21,7 @@ WORDS = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 2**53, 2*
 @some.composite
 def batches(draw: Any) -> bytes:
     count = draw(some.integers(1, 8))
-    columns = schema([("n", False), ("s", True)])
+    columns = schema([("n", "u64"), ("s", "str")])
     strings = draw(some.lists(some.binary(max_size=20), min_size=1, max_size=4))
     rows = np.zeros(count, row_dtype(columns))
     for i in range(count):

@@ -31,7 +31,7 @@ def test_what_came_too_soon_for_a_frame_goes_in_the_next() -> None:
         return [(store, count, frame) for count, frame in frames]
 
     shipper = Shipper(drain)
-    store = AggregateStore(AggregatePlan("count"), {}, on_data=shipper.data)
+    store = AggregateStore(AggregatePlan("count"), [], {}, on_data=shipper.data)
     sink = store.sink(0)
     ours, theirs = socket.socketpair()
     with ours, theirs:
