@@ -15,6 +15,7 @@ want dwz dwz
 want readelf binutils
 want gdb gdb
 want strace strace
+want bpftrace bpftrace
 want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2

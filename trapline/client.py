@@ -24,6 +24,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
@@ -37,6 +38,7 @@ from websockets.typing import Subprotocol
 
 from trapline.errors import AuthError, NotFound, ProtocolError, TraplineError, Unavailable
 from trapline.model import (
+    AggregateTable,
     CoverageLog,
     Hit,
     Host,
@@ -146,6 +148,18 @@ def _latest_hits(probe: str, host: str, limit: int) -> Exchange[list[Hit]]:
             break
         wanted["page_token"] = str(page["next_page_token"])
     return items
+
+
+def _aggregate(
+    probe: str, top: int, since: datetime | None, until: datetime | None, step: int | None
+) -> Exchange[AggregateTable]:
+    wanted: dict[str, str | int] = {"top": top}
+    for name, at in (("since", since), ("until", until)):
+        if at is not None:
+            wanted[name] = at.astimezone(UTC).isoformat()
+    if step is not None:
+        wanted["step"] = step
+    return _one(AggregateTable, Request("GET", f"/probes/{_segment(probe)}/aggregates", wanted))
 
 
 def _create(action: str, body: ProbeCreate, model: type[M]) -> Exchange[M]:
@@ -450,6 +464,26 @@ class Client(_Base):
         """Returns the latest recorded hits, newest last."""
         return self._run(_latest_hits(probe, host, limit))
 
+    def aggregate(
+        self,
+        probe: str,
+        *,
+        top: int = 100,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        step: int | None = None,
+    ) -> AggregateTable:
+        """Returns what a probe's aggregate says so far, or of a time.
+
+        Args:
+            probe: id or name.
+            top: rows, those with the most hits.
+            since: only hits from then on, to ten seconds.
+            until: only hits before then; None: up to now.
+            step: with ``since``, a series too, in steps of so many seconds, a multiple of ten.
+        """
+        return self._run(_aggregate(probe, top, since, until, step))
+
     def batches(
         self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None
     ) -> Iterator[HitBatch | Gap]:
@@ -575,6 +609,18 @@ class AsyncClient(_Base):
 
     async def hits(self, probe: str = "", *, host: str = "", limit: int = 100) -> list[Hit]:
         return await self._run(_latest_hits(probe, host, limit))
+
+    async def aggregate(
+        self,
+        probe: str,
+        *,
+        top: int = 100,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        step: int | None = None,
+    ) -> AggregateTable:
+        """See ``Client.aggregate``."""
+        return await self._run(_aggregate(probe, top, since, until, step))
 
     async def batches(
         self, probes: Sequence[str] | None = None, hosts: Sequence[str] | None = None

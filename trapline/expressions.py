@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from trapline import tree
 from trapline.errors import SpecError, Unsupported
-from trapline.model import Capture
+from trapline.model import Aggregate, Capture
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree
 
 MAX_CAPTURES = 32
@@ -26,7 +26,21 @@ REGISTERS = (
 """Names that ``reg.NAME`` takes; which of them exist on a host is the agent's to know."""
 ARGUMENT = re.compile(r"arg(0|[1-9][0-9]?)")
 XMM = re.compile(r"xmm([0-9]|1[0-5])")
-AGGREGATES = ("count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct")
+_AGGREGATE_FORMS = {
+    "count": "", "sum": "x", "min": "x", "max": "x", "avg": "x", "hist": "x", "lhist": "x, low, high, step",
+    "quantiles": "x", "topk": "x, k", "distinct": "x",
+}  # fmt: skip
+_AGGREGATE_HINTS = {
+    "count": "it counts hits; rows are kept apart with `count() by (expression, ...)`",
+    "hist": "x is an expression such as `arg0`; at a return `latency` or `retval`",
+    "lhist": "such as `lhist(arg0, 0, 1000, 100)`",
+}
+AGGREGATES = tuple(_AGGREGATE_FORMS)
+DEFAULT_TOP = 10
+MAX_TOP = 100
+MAX_STEPS = 1000
+MAX_KEYS = 8
+"""Expressions to group by."""
 WHITE_SPACE = " \t\n\r\f\v"
 _RESERVED_COLUMNS = {"ts", "pid", "tid", "site"}
 AT_RETURN = ("retval", "latency")
@@ -206,25 +220,92 @@ class ExpressionReader:
     def _told_arrow(self, at: int, member: str) -> NoReturn:
         self.fail("`->` is C's; `.` follows pointers here", at, suggestions=[f".{member}"])
 
-    def aggregate(self) -> str:
+    def aggregate(self) -> Aggregate:
         """Reads what follows ``->``: a call, and ``by (expressions)`` if wanted."""
         source, start = self._scan(("->", "{", "@"), stop_at_if=True)
+        lead = len(source) - len(source.lstrip())
+        source, start = source.strip(), start + lead
         # "by" is no Python: a call, then `by` and a parenthesised list.
-        found = re.search(r"\)\s*by\b", source)
-        call, by = (source[: found.start() + 1], source[found.end() :]) if found else (source, None)
-        tree = self._tree(call, start, "an aggregate such as `count()`")
-        at = start + len(source) - len(source.lstrip())
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            self.fail("an aggregate is a call, such as `count()`", at)
-        if tree.func.id not in AGGREGATES:
-            near = difflib.get_close_matches(tree.func.id, AGGREGATES)
-            hint = f"known are {', '.join(AGGREGATES)}"
-            self.fail(f"unknown aggregate `{tree.func.id}`", at, suggestions=near, hint=hint)
-        if found and by is not None:
-            if not by.strip().startswith("("):
-                self.fail("expected `by (expression, ...)`", start + found.end())
-            self._tree(by, start + found.end(), "an expression to group by")
-        return source.strip()
+        end = _call_end(source)
+        call, rest = source[:end], source[end:]
+        node = self._tree(call, start, "an aggregate such as `count()`")
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            self.fail("an aggregate is a call, such as `count()`", start)
+        function = node.func.id
+        if function not in AGGREGATES:
+            near = difflib.get_close_matches(function, AGGREGATES)
+            self.fail(
+                f"unknown aggregate `{function}`", start, suggestions=near, hint=f"known are {', '.join(AGGREGATES)}"
+            )
+        value, parameters = self._aggregated(function, node, call, start)
+        shown = parameters if parameters != [DEFAULT_TOP] else []
+        text = f"{function}({', '.join([*([value] if value else []), *map(str, shown)])})"
+        by = self._keys(rest, start + end)
+        if by:
+            text += f" by ({', '.join(by)})"
+        return Aggregate.model_validate(
+            {"text": text, "function": function, "value": value, "parameters": parameters, "by": by}
+        )
+
+    def _aggregated(self, function: str, node: ast.Call, call: str, start: int) -> tuple[str, list[int]]:
+        """Returns the text of what an aggregate is of, and its parameters."""
+        if node.keywords:
+            self.fail(f"{function} takes no named parameters", start + tree.column(call, node.keywords[0].value))
+        form = _AGGREGATE_FORMS[function]
+        wanted = form.count(",") + 1 if form else 0
+        if not (len(node.args) == wanted or (function == "topk" and len(node.args) == 1)):
+            example = f"{function}({form})"
+            self.fail(f"expected `{example}`", start, hint=_AGGREGATE_HINTS.get(function, ""))
+        if not node.args:
+            return "", []
+        first, *others = node.args
+        value = self._value(first, call, start)
+        parameters = [self._parameter(other, call, start) for other in others]
+        if function == "topk":
+            parameters = parameters or [DEFAULT_TOP]
+            if not 1 <= parameters[0] <= MAX_TOP:
+                self.fail(f"topk is of 1 to {MAX_TOP} values", start + tree.column(call, others[0]))
+        if function == "lhist":
+            low, high, step = parameters
+            if step < 1 or high <= low:
+                self.fail("a linear histogram goes up, in steps of 1 or more: lhist(x, 0, 100, 10)", start)
+            if (high - low + step - 1) // step > MAX_STEPS:
+                self.fail(f"a linear histogram has {MAX_STEPS} steps at most", start, hint="take larger steps")
+        return value, parameters
+
+    def _parameter(self, node: ast.expr, source: str, start: int) -> int:
+        negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+        number = node.operand if isinstance(node, ast.UnaryOp) and negative else node
+        if not isinstance(number, ast.Constant) or type(number.value) is not int or number.value >= 1 << 63:
+            self.fail("expected a whole number", start + tree.column(source, node))
+        return -number.value if negative else number.value
+
+    def _keys(self, rest: str, start: int) -> list[str]:
+        """Reads ``by (expression, ...)``, or nothing."""
+        if not rest.strip():
+            return []
+        found = re.match(r" *by(?!\w) *", rest)
+        if not found:
+            self.fail(
+                f"unexpected `{rest.strip()[:20]}` after the aggregate",
+                start + len(rest) - len(rest.lstrip()),
+                hint="rows are kept apart with `by (expression, ...)`",
+            )
+        source, start = rest[found.end() :].rstrip(), start + found.end()
+        if not source.startswith("("):
+            self.fail("expected `by (expression, ...)`", start)
+        listed = self._tree(source, start, "an expression to group by")
+        nodes = listed.elts if isinstance(listed, ast.Tuple) else [listed]
+        if not nodes:
+            self.fail("expected an expression to group by", start)
+        if len(nodes) > MAX_KEYS:
+            self.fail(f"more than {MAX_KEYS} expressions to group by", start)
+        return [self._value(node, source, start) for node in nodes]
+
+    def _value(self, node: ast.expr, source: str, start: int) -> str:
+        """Returns the canonical text of a value that is aggregated, or grouped by; ``source`` has ``node`` in it."""
+        segment = ast.get_source_segment(source, node) or ""
+        return self.expression(segment, start + tree.column(source, node), "a value")
 
     def captures(self) -> list[Capture]:
         """Reads what follows ``{``, and the ``}``."""
@@ -381,6 +462,28 @@ class ExpressionReader:
         if not register:
             self.fail(f"no register `{name}`", at, hint=f"known are {', '.join(REGISTERS)}")
         return f"reg.{register}"
+
+
+def _call_end(source: str) -> int:
+    """Returns the index behind the parenthesis that closes the first one; all of it, where there is none."""
+    depth = 0
+    quote = ""
+    at = 0
+    while at < len(source):
+        c = source[at]
+        if quote:
+            at += c == "\\"
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "([":
+            depth += 1
+        elif c in ")]":
+            depth -= 1
+            if not depth:
+                return at + 1
+        at += 1
+    return len(source)
 
 
 def word(operand: str, *, entry: bool = False) -> Capture:

@@ -10,7 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Model(BaseModel):
@@ -57,6 +57,20 @@ class Capture(Model):
     """The column's name: ``size=arg0`` gives ``size``; by default the expression's text."""
 
 
+class Aggregate(Model):
+    """What a probe does with its hits in the place of sending them: ``hist(arg0) by (comm)``."""
+
+    text: str
+    """The clause as canonical text."""
+    function: Literal["count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct"]
+    value: str = ""
+    """The expression that it is of; empty for ``count``."""
+    parameters: list[int] = Field(default_factory=list)
+    """Of ``lhist``: from, to, step; of ``topk``: how many."""
+    by: list[str] = Field(default_factory=list)
+    """The expressions that its rows are kept apart by."""
+
+
 class ProbeSpec(Model):
     """A probe text taken apart (see ``trapline.spec`` for the grammar). ``text`` is canonical; the rest follows from it."""
 
@@ -71,7 +85,7 @@ class ProbeSpec(Model):
     ``tree`` is a pid and stands for that process and its descendants."""
     condition: str = ""
     captures: list[Capture] = Field(default_factory=list)
-    aggregate: str = ""
+    aggregate: Annotated[Aggregate | None, BeforeValidator(lambda value: value or None)] = None
 
 
 class ProbeLimits(Model):
@@ -421,6 +435,83 @@ class Hit(Model):
     bytes are hex digits, and floating-point numbers that are none are ``nan``, ``inf`` and ``-inf``."""
     status: dict[str, str] = Field(default_factory=dict)
     """For values that are not ok: ``truncated``, ``null``, ``fault``, ..."""
+
+
+# --- aggregates, as people see them -----------------------------------------------------------------------------------
+
+AggregateValue = int | float | str | None
+"""Integers beyond 2**53 are decimal strings, since JavaScript's numbers do not hold them."""
+
+
+class AggregateBucket(Model):
+    """A bucket of a histogram: values from ``low`` up to and without ``high``; null where there is no bound."""
+
+    low: AggregateValue = None
+    high: AggregateValue = None
+    count: int
+
+
+class AggregateItem(Model):
+    """One of the most frequent values."""
+
+    value: AggregateValue
+    status: str = ""
+    """``truncated`` where it was longer; else empty."""
+    count: int
+    """It occurred so often, or up to ``AggregateRow.error`` more."""
+
+
+class AggregateRow(Model):
+    key: list[AggregateValue] = Field(default_factory=list)
+    """The values of the expressions after ``by``; null where ``key_status`` says why."""
+    key_status: list[str] = Field(default_factory=list)
+    """For each of them empty, or ``truncated``, ``null``, ``fault``, ..."""
+    count: int
+    """Hits."""
+    value: AggregateValue = None
+    """Of count, sum, min, max, avg and distinct: the figure; null where no hit had a value."""
+    buckets: list[AggregateBucket] = Field(default_factory=list)
+    """Of a histogram, without gaps."""
+    quantiles: dict[str, float] = Field(default_factory=dict)
+    """Value by share: ``0`` the least, ``0.5`` the median, ``1`` the largest; within 1 %."""
+    items: list[AggregateItem] = Field(default_factory=list)
+    """Of topk, most frequent first."""
+    error: int = 0
+    """Of topk: no value occurred so much more often than its item says, or unseen."""
+    bad: dict[str, int] = Field(default_factory=dict)
+    """Hits whose value could not be had, by status: counted, and in no other figure."""
+
+
+class AggregatePoint(Model):
+    """What an aggregate says of a stretch of time."""
+
+    start: datetime
+    count: int
+    """Hits in all rows, shown or not."""
+    rows: list[AggregateRow] = Field(default_factory=list)
+    other: AggregateRow | None = None
+
+
+class AggregateTable(Model):
+    """What a probe's aggregate says."""
+
+    probe: str = ""
+    aggregate: Aggregate
+    count: int = 0
+    """Hits in all rows, shown or not."""
+    keys: int = 0
+    """Rows that there are."""
+    rows: list[AggregateRow] = Field(default_factory=list)
+    """Most hits first."""
+    other: AggregateRow | None = None
+    """All keys that came when the table was full, in one row; null where there were none."""
+    lost: int = 0
+    """Hits that were counted on their host and are not in here; the probe's ``dropped_by_reason`` says where they went."""
+    since: datetime | None = None
+    """When the first of its hits may have been, at the earliest; null where there are none."""
+    until: datetime | None = None
+    series: list[AggregatePoint] = Field(default_factory=list)
+    """Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out."""
 
 
 class Problem(Model):

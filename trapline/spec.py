@@ -97,7 +97,12 @@ def require_supported(spec: ProbeSpec) -> None:
             (f"where.{key}", key in spec.where, f"the selector `{key}`", "select by pid, tree, comm, exe, uid or host")
             for key in ("label", "container", "cgroup")
         ),
-        ("aggregate", bool(spec.aggregate), "an aggregate (`->`)", "leave it out and aggregate the hits"),
+        (
+            "captures",
+            bool(spec.aggregate and spec.captures),
+            "captured values beside an aggregate, which sends no hits",
+            "leave one of the two out, or ask for two probes",
+        ),
     ]
     for label, present, feature, hint in wanted:
         if present:
@@ -125,6 +130,15 @@ def place_of(spec: ProbeSpec, expression: str) -> int:
                 if capture.text == expression:
                     return inside + len(column) - len(expression)
                 inside += len(column) + len(", ")
+        if label == "aggregate" and spec.aggregate is not None:
+            inside = at + len(" -> ") + len(spec.aggregate.function) + len("(")
+            if spec.aggregate.value == expression:
+                return inside
+            inside = at + piece.rindex(" by (") + len(" by (") if spec.aggregate.by else 0
+            for text in spec.aggregate.by:
+                if text == expression:
+                    return inside
+                inside += len(text) + len(", ")
         at += len(piece)
     return 0
 
@@ -189,7 +203,7 @@ def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
     if spec.captures:
         yield "captures", f" {{{', '.join(map(_column, spec.captures))}}}"
     if spec.aggregate:
-        yield "aggregate", f" -> {spec.aggregate}"
+        yield "aggregate", f" -> {spec.aggregate.text}"
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

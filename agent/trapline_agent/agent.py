@@ -131,6 +131,7 @@ class Agent:
             self._self_pids,
             tracer.ready.pid,
             cache_directory=self._settings.state_dir / "symbols",
+            max_keys=self._settings.aggregate_keys,
             debug=DebugFiles(self._settings.state_dir).of,
             redact=redaction(self._settings.redact),
         )

@@ -18,6 +18,7 @@ from trapline.errors import Conflict
 from trapline.ids import new_id
 from trapline.state import DEFAULT_PORT, state_dir
 from trapline_agent.outbox import DEFAULT_CAPACITY_BYTES
+from trapline_agent.plans import DEFAULT_MAX_KEYS
 from trapline_agent.tracer.messages import DEFAULT_BUDGETS, Budgets
 
 _INSTANCE_FILE = "instance-id"
@@ -48,6 +49,8 @@ class AgentSettings(BaseSettings):
     """Seconds after which the tracer takes every breakpoint out when it does not hear of the agent."""
     outbox_bytes: int = Field(default=DEFAULT_CAPACITY_BYTES, ge=64 * 1024)
     """Bound of the hits kept while the service is away or slow; beyond it the oldest are dropped and counted."""
+    aggregate_keys: int = Field(default=DEFAULT_MAX_KEYS, ge=1, le=65_536)
+    """Rows that a probe's aggregate keeps apart on this host; hits of further keys count in one row for all of them."""
     overhead_probe: float = Field(default=DEFAULT_BUDGETS.probe, ge=0)
     """Share of one CPU's time that each probe may add to the time of programs; beyond it the probe is throttled, then
     taken out for a while. 0: no such budget. A probe's own limit `overhead` takes its place."""

@@ -1,4 +1,5 @@
-"""What waits to go to the service: encoded hit batches, bounded in bytes, numbered, and kept until acknowledged.
+"""What waits to go to the service: encoded hit batches and aggregate frames, bounded in bytes, numbered, and kept until
+acknowledged.
 
 No I/O and no clock here: the link takes batches with ``next``, tells of acknowledgements with ``ack`` and of a new
 connection with ``rewind``.
@@ -7,6 +8,8 @@ A batch is in one of two places. *Waiting*: never sent. *In flight*: sent under 
 the service knows whether it arrived. Whatever must be dropped is taken from those that wait, oldest first and whole,
 so that a hit is never both delivered and counted as dropped; and in-flight batches may fill no more than half of the
 bound, so that there is always a waiting one to drop instead.
+
+Aggregate frames of a probe that wait are added up to one: an hour without the service costs no more room than its keys do.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 
-from trapline.protocol import hits
+from trapline.protocol import aggregates
 
 STAGE = "agent-outbox"
 DEFAULT_CAPACITY_BYTES = 16 * 1024 * 1024
@@ -28,6 +31,15 @@ class Drop:
     probe: str
     stage: str
     count: int
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A frame that was never sent; while it waits, what follows on it may be added."""
+
+    frame: bytes
+    key: tuple[str, str] | None = None
+    """Probe and source, of an aggregate."""
 
 
 class Outbox:
@@ -43,7 +55,9 @@ class Outbox:
         if capacity_bytes < 2:
             raise ValueError("an outbox needs room for something")
         self._capacity = capacity_bytes
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._growing: dict[tuple[str, str], _Waiting] = {}
+        """The last of those that wait, of each aggregate."""
         self._waiting_bytes = 0
         self._flight: deque[tuple[int, bytes]] = deque()
         self._flight_bytes = 0
@@ -62,11 +76,36 @@ class Outbox:
 
     def put(self, batch: bytes) -> None:
         """Adds an encoded batch; drops the oldest waiting ones where the bound is exceeded, this one if it must be."""
-        self._waiting.append(batch)
-        self._waiting_bytes += len(batch)
+        if aggregates.is_delta(batch):
+            self._put_delta(batch)
+        else:
+            self._append(_Waiting(batch))
         while self._waiting and self.size_bytes > self._capacity:
-            self._drop(self._waiting.popleft())
+            self._drop(self._take())
         self._moved()
+
+    def _append(self, item: _Waiting) -> None:
+        self._waiting.append(item)
+        self._waiting_bytes += len(item.frame)
+
+    def _put_delta(self, frame: bytes) -> None:
+        head = aggregates.peek(frame)
+        key = (head.probe, head.source)
+        before = self._growing.get(key)
+        if before is not None and (sum_ := aggregates.merged(before.frame, frame)) is not None:
+            self._waiting_bytes += len(sum_) - len(before.frame)
+            before.frame = sum_
+            return
+        self._growing[key] = _Waiting(frame, key)
+        self._append(self._growing[key])
+
+    def _take(self) -> bytes:
+        """Takes the oldest that waits."""
+        item = self._waiting.popleft()
+        self._waiting_bytes -= len(item.frame)
+        if item.key is not None and self._growing.get(item.key) is item:
+            del self._growing[item.key]
+        return item.frame
 
     def _moved(self) -> None:
         if self._waiting or self._flight:
@@ -76,8 +115,7 @@ class Outbox:
         self.ready.set()
 
     def _drop(self, batch: bytes) -> None:
-        self._waiting_bytes -= len(batch)
-        header, _ = hits.peek(batch)
+        header = aggregates.head(batch)
         self.dropped[header.probe] = self.dropped.get(header.probe, 0) + header.count
         # What the batch would have told of earlier losses is lost with it, so it is told here.
         for stage, count in {STAGE: header.count, **header.drops}.items():
@@ -92,10 +130,11 @@ class Outbox:
             self._resend -= 1
             return item
         # One batch may always fly, however large, or it would wait for ever.
-        if not self._waiting or (self._flight and self._flight_bytes + len(self._waiting[0]) > self._capacity // 2):
+        if not self._waiting or (
+            self._flight and self._flight_bytes + len(self._waiting[0].frame) > self._capacity // 2
+        ):
             return None
-        batch = self._waiting.popleft()
-        self._waiting_bytes -= len(batch)
+        batch = self._take()
         self._last_seq += 1
         self._flight.append((self._last_seq, batch))
         self._flight_bytes += len(batch)

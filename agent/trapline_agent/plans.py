@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from trapline.aggregates import Function
+
 
 class FileKey(msgspec.Struct, frozen=True, order=True):
     """A file's identity as /proc/PID/maps prints it (on btrfs and overlayfs that differs from stat(2))."""
@@ -158,6 +160,10 @@ LATENCY = "latency"
 """Stands for a register in a ``FetchPlan``: the time from a call to its return, in ns."""
 
 
+CONTEXT = ("pid", "tid", "comm")
+"""Stand for a register in a ``FetchPlan`` of an aggregate: what is known of a hit without looking at its registers."""
+
+
 class FetchPlan(msgspec.Struct, frozen=True):
     """One captured value, a column of the probe: a register, or the NUL-terminated string it points to; without a register,
     what each site's program computes."""
@@ -177,3 +183,17 @@ class FetchPlan(msgspec.Struct, frozen=True):
     def column(self) -> str:
         """The column's type."""
         return self.type or ("str" if self.string else "u64")
+
+
+DEFAULT_MAX_KEYS = 1000
+
+
+class AggregatePlan(msgspec.Struct, frozen=True):
+    """What becomes of hits at the source, in the place of rows."""
+
+    function: Function
+    parameters: tuple[int, ...] = ()
+    by: int = 0
+    """How many of the probe's columns its rows are kept apart by, the first ones; the next is what it is of."""
+    max_keys: int = DEFAULT_MAX_KEYS
+    """Rows that are kept apart; beyond, hits count in one row for all other keys."""

@@ -35,7 +35,7 @@ from trapline.model import (
     TargetState,
 )
 from trapline.protocol.messages import Observed
-from trapline_agent.plans import FetchPlan, FileKey, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan, with_columns
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
@@ -71,6 +71,7 @@ class Registered:
     labels: list[str] = field(default_factory=list)
     plans: dict[tuple[FileKey, int], SitePlan] = field(default_factory=dict)
     fetches: list[FetchPlan] = field(default_factory=list)
+    aggregate: AggregatePlan | None = None
     where: dict[str, str] = field(default_factory=dict)
     watch: list[str] = field(default_factory=list)
     """Basenames under which further files that are meant may be mapped."""
@@ -94,6 +95,7 @@ class Registered:
             self.plans[key] = msgspec.structs.replace(site, site=self.labels.index(label))
             grew = True
         self.fetches, self.where, self.watch = plan.fetches, plan.where, plan.watch
+        self.aggregate = plan.aggregate
         return grew
 
 
@@ -458,6 +460,7 @@ class Reconciler:
                 max_hits=max_hits,
                 overhead=0.0 if desired.limits.overhead == "off" else desired.limits.overhead,
                 returns=desired.spec.kind is ProbeKind.RETURN,
+                aggregate=run.registered.aggregate,
             )
         except TraplineError as e:
             return e

@@ -41,11 +41,19 @@ from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.compiler import Site
-from trapline_agent.capture.program import compiled, explicit, merged, needs_scope
+from trapline_agent.capture.program import (
+    columns_of,
+    compiled,
+    explicit,
+    lower_aggregate,
+    merged,
+    needs_scope,
+    require_numbers,
+)
 from trapline_agent.debuginfo.model import DebugInfo, LinePlace, Location, Type
 from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.patterns import compile_pattern
-from trapline_agent.plans import FetchPlan, FileKey, Program, SitePlan
+from trapline_agent.plans import DEFAULT_MAX_KEYS, AggregatePlan, FetchPlan, FileKey, Program, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.demangle import demangle, demangled
 from trapline_agent.symbols.elf import ElfFile
@@ -89,6 +97,8 @@ class Plan:
     plans: list[SitePlan] = field(default_factory=list)
     """What can be armed."""
     fetches: list[FetchPlan] = field(default_factory=list)
+    aggregate: AggregatePlan | None = None
+    """What becomes of hits in the place of rows."""
     where: dict[str, str] = field(default_factory=dict)
     """The selector as the tracer takes it: about processes only, users as numbers."""
     watch: list[str] = field(default_factory=list)
@@ -140,6 +150,7 @@ class Resolver:
         tracer_pid: int,
         *,
         cache_directory: Path | None = None,
+        max_keys: int = DEFAULT_MAX_KEYS,
         debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
         redact: Callable[[Collection[str]], bool] | None = None,
     ) -> None:
@@ -151,8 +162,10 @@ class Resolver:
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
             cache_directory: where the symbols of files are kept for later processes; None: nowhere.
             debug: returns the debug information of a file, or None where it has none.
+            max_keys: rows that a probe's aggregate keeps apart here.
             redact: whether what has one of these names, or is of such a type, must not be captured.
         """
+        self._max_keys = max_keys
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
@@ -197,6 +210,8 @@ class Resolver:
         require_supported(spec)
         self._require_answerable(spec)
         plan = Plan(where=with_numbers(spec.where, self._host_name))
+        if spec.aggregate is not None:
+            plan.aggregate = lower_aggregate(spec.aggregate, self._max_keys)
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -454,8 +469,9 @@ class Resolver:
         """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
         probe's text."""
         segment = index.segment_at(place.offset)
+        columns, aggregate = columns_of(spec), spec.aggregate is not None
         debug, scope, unread = None, None, None
-        if self._redact is not None or needs_scope(spec.captures, spec.condition, spec.kind):
+        if self._redact is not None or needs_scope(columns, spec.condition, spec.kind, aggregate=aggregate):
             try:
                 debug = self._debug(file)
                 scope = None if debug is None else debug.scope(place.offset)
@@ -469,7 +485,7 @@ class Resolver:
         is_go = place.go or (index.is_go and "." in symbol)
         try:
             fetches, program = compiled(
-                spec.captures,
+                columns,
                 spec.condition,
                 Site(
                     module=module,
@@ -484,7 +500,10 @@ class Resolver:
                     arguments=_usdt_arguments(place.usdt) if place.usdt else None,
                     redact=self._redact or (lambda names: False),
                 ),
+                aggregate=aggregate,
             )
+            if spec.aggregate is not None:
+                require_numbers(spec.aggregate, fetches)
         except TraplineError as e:
             if isinstance(e, NoDebugInfo) and unread is not None:
                 raise unread from e
@@ -493,13 +512,13 @@ class Resolver:
             raise
         if not plan.plans or fetches == plan.fetches:
             return fetches, program
-        columns = merged(plan.fetches, fetches)
-        if columns != plan.fetches and _is_plain(plan.fetches):
+        both = merged(plan.fetches, fetches)
+        if both != plan.fetches and _is_plain(plan.fetches):
             others = explicit(plan.fetches)
             plan.plans = [msgspec.structs.replace(p, program=p.program or others) for p in plan.plans]
-        if columns != fetches and _is_plain(fetches):
+        if both != fetches and _is_plain(fetches):
             program = program or explicit(fetches)
-        return columns, program
+        return both, program
 
     # --- processes
 

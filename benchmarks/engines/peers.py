@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from benchmarks.engines.rig import PROBED, ROOT, TEXT, Rig, Trapline, build, untraced
 from tests.support import uprobe
 from tests.support.children import Child
-from trapline_agent.plans import FetchPlan
+from trapline_agent.plans import AggregatePlan, FetchPlan
 
 KINDS = {
     "emulated": ("emulated", "target_emulated"),
@@ -28,6 +28,11 @@ KINDS = {
     "registers": ("boosted", PROBED),
     "string": ("boosted", PROBED),
     "entry + return": ("returning", PROBED),
+    "count()": ("boosted", PROBED),
+    "hist(arg0)": ("boosted", PROBED),
+    "quantiles(arg0)": ("boosted", PROBED),
+    "distinct(arg0)": ("boosted", PROBED),
+    "count() by (str)": ("boosted", PROBED),
 }
 """What is measured -> (the target's KIND of call, the probed function)."""
 
@@ -69,6 +74,13 @@ class Unavailable(Exception):
 REGISTERS = [FetchPlan(name=f"arg{i}", register=r) for i, r in enumerate(("rdi", "rsi", "rdx", "rcx", "r8", "r9"))]
 LATENCY = [FetchPlan(name="latency", register="latency")]
 STRING = [FetchPlan(name="s", register="rsi", string=True, max_bytes=64)]
+AGGREGATES = {
+    "count()": (AggregatePlan("count"), []),
+    "hist(arg0)": (AggregatePlan("hist"), REGISTERS[:1]),
+    "quantiles(arg0)": (AggregatePlan("quantiles"), REGISTERS[:1]),
+    "distinct(arg0)": (AggregatePlan("distinct"), REGISTERS[:1]),
+    "count() by (str)": (AggregatePlan("count", by=1), STRING),
+}
 
 
 def trapline_ways(tracer: Trapline) -> list[Way]:
@@ -81,7 +93,8 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
             number += 1
             probe = f"hit-{number}"
             plans = [rig.plan(KINDS[kind][1])]
-            await tracer.register(probe, plans, fetches, rig.pid, returns=kind == "entry + return")
+            aggregate = AGGREGATES[kind][0] if kind in AGGREGATES else None
+            await tracer.register(probe, plans, fetches, rig.pid, returns=kind == "entry + return", aggregate=aggregate)
             session = Session(runs=(tracer.process.pid,))
             yield session
             await tracer.client.unregister(probe)
@@ -96,7 +109,9 @@ def trapline_ways(tracer: Trapline) -> list[Way]:
         way("registers", REGISTERS),
         way("string", STRING),
     ]
-    return [*ways, way("entry + return", LATENCY)] if tracer.returns else ways
+    if tracer.returns:
+        ways.append(way("entry + return", LATENCY))
+    return [*ways, *(way(kind, fetches) for kind, (_, fetches) in AGGREGATES.items())]
 
 
 # --- a tracer in C ---------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from iced_x86 import Decoder, FlowControl
 from tests.engines.host import Files
 from tests.support.children import Child, fields
 from tests.support.targets import SOURCES, compile_c
-from trapline.protocol import hits
+from trapline.protocol import aggregates
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import FetchPlan, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
 from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.client import TracerClient, spawn_tracer
@@ -166,7 +166,7 @@ class Trapline:
         async for event in self.client.events():
             async with self._changed:
                 if isinstance(event, bytes):
-                    header, _ = hits.peek(event)
+                    header = aggregates.head(event)
                     self._rows[header.probe] = (
                         self._rows.get(header.probe, 0) + header.count + sum(header.drops.values())
                     )
@@ -186,9 +186,12 @@ class Trapline:
         pid: int = 0,
         *,
         returns: bool = False,
+        aggregate: AggregatePlan | None = None,
     ) -> None:
         """Registers; in one process, or in all that map the files."""
         more: dict[str, Any] = {"returns": True} if returns else {}
+        if aggregate is not None:
+            more["aggregate"] = aggregate
         await self.client.register(
             probe,
             generation=1,

@@ -15,7 +15,7 @@ from trapline.model import Problem
 from trapline.protocol.messages import AgentMessage, ServiceMessage
 from trapline.protocol.stream import ClientMessage, ServerMessage
 from trapline_service import dashboard
-from trapline_service.api import access, agents, errors, health, hits, hosts, limits, live, probes, symbols
+from trapline_service.api import access, agents, aggregates, errors, health, hits, hosts, limits, live, probes, symbols
 from trapline_service.config import Settings
 from trapline_service.reference import reference_page
 from trapline_service.service import Service
@@ -33,6 +33,7 @@ are declared below as webhooks: `streamClient` is what a client may send, `strea
 _TAGS = [
     {"name": "probes", "description": "What is to be traced, and how that goes."},
     {"name": "hits", "description": "Recorded hits."},
+    {"name": "aggregates", "description": "What hits add up to, where a probe counts them at the source."},
     {"name": "hosts", "description": "Hosts and what runs there."},
     {"name": "symbols", "description": "Functions by name."},
     {"name": "access", "description": "Tokens and tickets."},
@@ -69,7 +70,7 @@ def create_app(settings: Settings | None = None, store: Store | None = None) -> 
     app.add_middleware(limits.BodyLimit)
     app.add_middleware(dashboard.SecurityHeaders)
     errors.install(app)
-    for module in (access, hosts, symbols, probes, hits, health, agents, live):
+    for module in (access, hosts, symbols, probes, hits, aggregates, health, agents, live):
         app.include_router(module.router)
     _declare_messages(app)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]

@@ -45,9 +45,11 @@ class Settings(BaseSettings):
     recorder_queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Bytes that may wait for a slow disk before the oldest batches go unrecorded."""
     retention_bytes: int = Field(default=256 * 1024 * 1024, ge=0)
-    """Bytes of recorded hits (compressed) that are kept; the oldest go first."""
+    """Bytes of recorded hits (compressed) that are kept, and as many of aggregates over time; the oldest go first."""
     retention_s: float = Field(default=24 * 3600.0, gt=0)
-    """Seconds for which recorded hits, and probes that ended, are kept."""
+    """Seconds for which recorded hits, aggregates over time, and probes that ended, are kept."""
+    aggregate_keys: int = Field(default=10_000, ge=1, le=1_000_000)
+    """Rows that a probe's aggregate keeps apart over all hosts; hits of further keys count in one row for all of them."""
     log_level: str = "INFO"
     """``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``."""
 

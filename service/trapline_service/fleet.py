@@ -259,4 +259,4 @@ class Fleet:
 
 def status_fields(host: Host) -> str:
     """Returns a host as the members of a ``Status`` message after its ``id``."""
-    return f'"probe":null,"host":{host.model_dump_json()},"removed":null'
+    return f'"probe":null,"host":{host.model_dump_json()},"aggregate":null,"removed":null'

@@ -10,7 +10,7 @@ import numpy as np
 
 from trapline.errors import ProtocolError
 from trapline.protocol import hits
-from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, ValueStatus
+from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, ValueStatus, status_text
 
 _MAX_INT64 = 2**63 - 1
 _EXACT_IN_JAVASCRIPT = 2**53
@@ -137,11 +137,3 @@ def rows_json(batch: HitBatch) -> str:
             )
         )
     return _encode(rows)[1:-1].decode()
-
-
-def status_text(value: int) -> str:
-    """Returns the word for a value's status; a newer agent's becomes ``status-N``."""
-    try:
-        return ValueStatus(value).text
-    except ValueError:
-        return f"status-{value}"

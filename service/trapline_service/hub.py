@@ -32,6 +32,8 @@ _MAX_CONTROL = 1024
 _LOSS_BYTES = 256
 _ENTRY_BYTES = 128
 """What a queued entry costs beside its payload; it bounds the number of tiny batches too."""
+_OF_PROBES = ("probes", "aggregates")
+"""Topics whose resources are probes, or belong to one."""
 _PREFIX = struct.Struct("<II")
 
 Item = HitFrame | Loss
@@ -225,7 +227,7 @@ class Subscriber:
         """Takes a resource's new state; one that waits still is replaced.
 
         Args:
-            topic: ``probes`` or ``hosts``.
+            topic: ``probes``, ``hosts`` or ``aggregates``.
             id: the resource's.
             fields: the JSON members of ``Status`` after its own ``id``.
         """
@@ -233,9 +235,13 @@ class Subscriber:
             if subscription.topic == topic and self.concerns(subscription, id):
                 self.tell(subscription, id, fields)
 
+    def watches(self, topic: str, id: str) -> bool:
+        """Says whether one of its subscriptions is about this resource."""
+        return any(s.topic == topic and self.concerns(s, id) for s in self._subscriptions.values())
+
     def concerns(self, s: Subscription, id: str) -> bool:
         """Says whether a resource of the subscription's topic passes its filter."""
-        only, name = (s.probes, self._probe_name) if s.topic == "probes" else (s.hosts, self._host_name)
+        only, name = (s.probes, self._probe_name) if s.topic in _OF_PROBES else (s.hosts, self._host_name)
         return only is None or id in only or name(id) in only
 
     def tell(self, subscription: Subscription, id: str, fields: str) -> None:
@@ -371,6 +377,10 @@ class Hub:
         if items:
             for sink in (*self._sinks, *self._subscribers):
                 sink.deliver(items)
+
+    def wanted(self, topic: str, id: str) -> bool:
+        """Says whether anybody watches this resource of a topic."""
+        return any(subscriber.watches(topic, id) for subscriber in self._subscribers)
 
     def changed(self, topic: str, id: str, fields: str) -> None:
         """Tells everybody who watches the topic of a resource's new state; see ``Subscriber.changed``."""

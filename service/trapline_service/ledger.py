@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from trapline.model import Counters, Model
-from trapline.protocol.hits import Header
+from trapline.protocol.aggregates import Numbered
 from trapline.protocol.messages import Observed
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,8 @@ class Ledger:
     def _tally(self, probe: str, host: str) -> Tally:
         return self._tallies[probe].setdefault(host, Tally())
 
-    def batch(self, header: Header) -> list[Loss]:
-        """Books a batch of a known probe; returns the losses that it shows, oldest first."""
+    def batch(self, header: Numbered) -> list[Loss]:
+        """Books a batch, or an aggregate frame, of a known probe; returns the losses that it shows, oldest first."""
         pair = (header.probe, header.host)
         key = (*pair, header.source)
         tally = self._tally(*pair)
@@ -193,7 +193,7 @@ class Ledger:
         return losses
 
     @staticmethod
-    def _header_drops(header: Header, expected: int) -> list[Loss]:
+    def _header_drops(header: Numbered, expected: int) -> list[Loss]:
         drops = [(stage, count) for stage, count in header.drops.items() if count]
         if len(drops) != 1:
             return [Loss(header.probe, header.host, count, stage) for stage, count in drops]

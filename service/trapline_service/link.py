@@ -14,7 +14,9 @@ from pathlib import Path
 
 from trapline.errors import Conflict, ProtocolError, TraplineError, Unavailable
 from trapline.model import Model
+from trapline.protocol import aggregates
 from trapline.protocol import messages as m
+from trapline_service.aggregates import Aggregates
 from trapline_service.fleet import Fleet
 from trapline_service.frames import HitFrame, LinkPosition
 from trapline_service.hub import Hub
@@ -43,11 +45,12 @@ def _boot_id() -> str:
 class Links:
     """What all links share: where their frames go, and how far each host's link had come."""
 
-    def __init__(self, fleet: Fleet, probes: Probes, ledger: Ledger, hub: Hub) -> None:
+    def __init__(self, fleet: Fleet, probes: Probes, ledger: Ledger, hub: Hub, aggregates: Aggregates) -> None:
         self.fleet = fleet
         self.probes = probes
         self.ledger = ledger
         self.hub = hub
+        self.aggregates = aggregates
         self.positions: dict[str, LinkPosition] = {}
         self.boot_id = _boot_id()
 
@@ -175,7 +178,8 @@ class AgentLink:
             shared.probes.booked(message.probe)
 
     def binary(self, frame: bytes) -> None:
-        """Takes a hit batch. Raises ProtocolError where it is malformed, out of place, or another host's."""
+        """Takes a hit batch or an aggregate frame. Raises ProtocolError where it is malformed, out of place, or another
+        host's."""
         if not self.host:
             raise ProtocolError("a hit batch before `hello`")
         if len(frame) > m.MAX_BINARY_BYTES:
@@ -187,8 +191,10 @@ class AgentLink:
             raise ProtocolError(f"link sequence {seq}")
         shared = self._shared
         position = LinkPosition(self.host, self._link_id, seq)
-        batch = HitFrame(frame[m.LINK_SEQ_BYTES :], position)
-        header = batch.header
+        body = frame[m.LINK_SEQ_BYTES :]
+        # Read whole before anything is done about it.
+        what = aggregates.decode(body) if aggregates.is_delta(body) else HitFrame(body, position)
+        header: aggregates.Numbered = what if isinstance(what, aggregates.Delta) else what.header
         if header.host != self.host:
             raise ProtocolError(f"a hit batch of host {header.host} on the link of {self.host}")
         shared.fleet.heard(self.host)
@@ -197,9 +203,19 @@ class AgentLink:
             shared.positions[self.host] = position
             # Late hits of a probe that is gone are nobody's any more.
             if shared.ledger.knows(header.probe):
-                shared.hub.publish([*shared.ledger.batch(header), batch])
-                shared.probes.booked(header.probe)
+                self._take(what)
         self._acknowledge()
+
+    def _take(self, what: HitFrame | aggregates.Delta) -> None:
+        shared = self._shared
+        if isinstance(what, aggregates.Delta):
+            if not shared.aggregates.take(what):
+                return  # it has been added before
+            shared.hub.publish(shared.ledger.batch(what))
+            shared.probes.booked(what.probe)
+        else:
+            shared.hub.publish([*shared.ledger.batch(what.header), what])
+            shared.probes.booked(what.header.probe)
 
     def _acknowledge(self) -> None:
         if self._received - self._acked >= _ACK_BATCHES:

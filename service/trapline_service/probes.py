@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -124,6 +124,8 @@ class Probes:
         self._gone: set[str] = set()
         self._save_wanted = asyncio.Event()
         self._deadlines_changed = asyncio.Event()
+        self.forgotten: Callable[[str], None] = lambda probe: None
+        """Told of a probe that is gone for good."""
 
     async def load(self) -> None:
         """Brings back the probes that were kept."""
@@ -327,7 +329,8 @@ class Probes:
         self._unsaved.discard(id)
         self._gone.add(id)
         self._save_wanted.set()
-        self._hub.changed("probes", id, f'"probe":null,"host":null,"removed":"{id}"')
+        self._hub.changed("probes", id, f'"probe":null,"host":null,"aggregate":null,"removed":"{id}"')
+        self.forgotten(id)
 
     # --- what agents say ---
 
@@ -502,7 +505,7 @@ class Probes:
 
 def status_fields(probe: Probe) -> str:
     """Returns a probe as the members of a ``Status`` message after its ``id``."""
-    return f'"probe":{probe.model_dump_json()},"host":null,"removed":null'
+    return f'"probe":{probe.model_dump_json()},"host":null,"aggregate":null,"removed":null'
 
 
 def _desired(probe: Probe) -> DesiredProbe:

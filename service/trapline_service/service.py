@@ -7,7 +7,9 @@ import logging
 from types import TracebackType
 from typing import Self
 
-from trapline.errors import TraplineError
+from trapline.errors import NotFound, TraplineError
+from trapline.model import Aggregate
+from trapline_service.aggregates import Aggregates
 from trapline_service.auth import Tickets, Tokens
 from trapline_service.config import Settings
 from trapline_service.fleet import Fleet
@@ -45,10 +47,25 @@ class Service:
             retention_bytes=settings.retention_bytes,
             retention_s=settings.retention_s,
         )
-        self._links = Links(self.fleet, self.probes, self.ledger, self.hub)
+        self.aggregates = Aggregates(
+            store,
+            self.hub,
+            self._aggregate_of,
+            max_keys=settings.aggregate_keys,
+            retention_bytes=settings.retention_bytes,
+            retention_s=settings.retention_s,
+        )
+        self.probes.forgotten = self.aggregates.forget
+        self._links = Links(self.fleet, self.probes, self.ledger, self.hub, self.aggregates)
         self.new_token: str | None = None
         self._tasks = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
+
+    def _aggregate_of(self, probe: str) -> Aggregate | None:
+        try:
+            return self.probes.get(probe).spec.aggregate
+        except NotFound:
+            return None
 
     def new_link(self) -> AgentLink:
         """Returns the link of an agent that has just been let in."""
@@ -70,7 +87,10 @@ class Service:
         self.ledger.load(await self.store.sequences())
         self._links.positions = {p.host: p for p in await self.store.positions()}
         await self.fleet.load()
+        await self.aggregates.load()
+        self.ledger.load(self.aggregates.sequences())
         await self.probes.load()
+        self.aggregates.keep_only(probe.id for probe in self.probes.all())
         self.fleet.presence_changed = self.probes.presence_changed
         self.hub.attach(self.recorder)
         await self._tasks.__aenter__()
@@ -79,6 +99,7 @@ class Service:
             self.probes.keep_deadlines(),
             self.probes.keep_saved(),
             self.recorder.keep_writing(),
+            self.aggregates.keep_writing(),
         ):
             self._background.append(self._tasks.create_task(work))
         return self
@@ -94,6 +115,7 @@ class Service:
             self.say_goodbye()
             try:
                 await self.recorder.flush()
+                await self.aggregates.flush()
                 await self.probes.save()
             except TraplineError as e:
                 log.error("the last changes were not saved: %s", e)

@@ -16,7 +16,10 @@ import pytest
 from msgspec import structs
 
 from tests.support.world import SimulatedFiles
+from trapline.aggregates import Table as Cells
+from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
+from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
 from trapline_agent.engines.journal import Journal, boot_id, parse, pid_namespace
@@ -25,7 +28,7 @@ from trapline_agent.engines.ptrace.memory import AddressSpace
 from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import FetchPlan, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
 from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.files import file_key_of
 from trapline_agent.targets.maps import executable_mappings
@@ -92,6 +95,7 @@ class Host:
         fetches: Sequence[FetchPlan] = (),
         max_hits: int = 0,
         returns: bool = False,
+        aggregate: AggregatePlan | None = None,
         **where: object,
     ) -> Probe:
         """Registers a probe: publishes it, then looks at every process."""
@@ -106,8 +110,15 @@ class Host:
             where={k: str(v) for k, v in where.items()},
             max_hits=max_hits,
             returns=returns,
+            aggregate=aggregate,
         )
-        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns))
+
+        def ring() -> HitRing:
+            if aggregate is None:
+                return HitRing(fetches, max_hits=max_hits, returns=returns)
+            return AggregateStore(aggregate, fetches, {}, max_hits=max_hits, returns=returns)
+
+        consumer = self.table.publish(message, ring)
         self._consumers[probe] = consumer
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)
@@ -231,7 +242,10 @@ class Probe:
 
     def batches(self) -> list[HitBatch]:
         """Drains the ring."""
-        drained = self.ring.drain(
+        return [decode(batch) for _, batch in self._drained()]
+
+    def _drained(self) -> list[tuple[int, bytes]]:
+        return self.ring.drain(
             host="h",
             probe=self._consumer.probe,
             source="s",
@@ -239,7 +253,14 @@ class Probe:
             sites=self._consumer.register.sites,
             comms={},
         )
-        return [decode(batch) for _, batch in drained]
+
+    def table(self) -> Cells:
+        """Drains the store of an aggregate."""
+        table = Cells(100_000)
+        for _, frame in self._drained():
+            delta = aggregates.decode(frame)
+            table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+        return table
 
     def unregister(self) -> None:
         self._host.unregister(self._consumer.probe)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 
 import pytest
+from msgspec import structs
 
 from tests.engines.host import Host, Probe
 from tests.support import needs
@@ -18,7 +20,7 @@ from tests.support.children import Child, fields, python, stopped
 from tests.support.targets import Targets
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.kernel import procfs, ptrace
-from trapline_agent.plans import FetchPlan
+from trapline_agent.plans import AggregatePlan, FetchPlan
 
 traps = pytest.mark.traps
 
@@ -62,6 +64,58 @@ def test_registers_and_strings_are_those_of_the_call(host: Host, targets: Target
     assert {h.pid for h in hits} == {child.pid}
     assert [h.seq for h in hits] == list(range(7))
     assert [int(h.ts_ns) for h in hits] == sorted(int(h.ts_ns) for h in hits)
+
+
+def test_h1_an_aggregate_counts_every_call_of_all_threads(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "4") as child:
+        site = host.files.plan(program, "target_hot")
+        probes = [
+            host.register(
+                site,
+                probe="by thread",
+                aggregate=AggregatePlan("count", by=1),
+                fetches=[FetchPlan("tid", "tid")],
+                pid=child.pid,
+            ),
+            host.register(site, probe="alone", aggregate=AggregatePlan("count"), pid=child.pid),
+        ]
+        child.ask("start")
+        while child.count()["done"] < 200:
+            pass
+        child.ask("stop")
+        done = child.count()["done"]
+        by_thread, alone = (probe.table() for probe in probes)
+    assert by_thread.count == alone.count == probes[0].hits == done
+    assert len(by_thread.cells) == (4 if host.engine.capabilities().traps else 1)
+    assert {key: cell.count for key, cell in alone.cells.items()} == {(): done}
+
+
+@traps
+def test_an_aggregate_is_of_the_calls_own_values(host: Host, targets: Targets) -> None:
+    program = targets.build("hot")
+    arg0, text = FetchPlan("arg0", "rdi"), FetchPlan("s", "rsi", string=True)
+    with targets.run("hot", "1") as child:
+        site = host.files.plan(program, "target_hot")
+        hist = host.register(
+            site, probe="hist", aggregate=AggregatePlan("hist", by=1), fetches=[text, arg0], pid=child.pid
+        )
+        top = host.register(site, probe="top", aggregate=AggregatePlan("topk", (2,)), fetches=[text], pid=child.pid)
+        returned = [structs.replace(text, entry=True), FetchPlan("retval", "rax")]
+        result = host.register(
+            site, probe="sum", aggregate=AggregatePlan("sum", by=1), fetches=returned, returns=True, pid=child.pid
+        )
+        child.ask("call 300 one")
+        child.ask("call 5 two")
+        child.ask("callp 2 0")
+        cells = {key: cell.bins for key, cell in hist.table().cells.items()}
+        one, two, null = ((b"one", 0),), ((b"two", 0),), ((None, ValueStatus.NULL),)
+        assert cells[one] == Counter(i.bit_length() for i in range(300))
+        assert (cells[two], cells[null]) == ({0: 1, 1: 1, 2: 2, 3: 1}, {0: 1, 1: 1})
+        (cell,) = top.table().cells.values()
+        assert (cell.items, cell.bad) == ({one[0]: 300, two[0]: 5}, {ValueStatus.NULL: 2})
+        sums = {key: cell.sum for key, cell in result.table().cells.items()}
+        assert sums == {one: sum(i * 3 + 1 for i in range(300)), two: 35, null: 5}  # what target_hot returns
 
 
 @traps

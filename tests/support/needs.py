@@ -153,6 +153,11 @@ def strace() -> str:
     return _runs("strace", "-qq", "-o", "/dev/null", "true")
 
 
+@_need("bpftrace", "run as root, where the kernel has BPF: apt-get install bpftrace")
+def bpftrace() -> str:
+    return _runs("bpftrace", "-e", "BEGIN { exit(); }")
+
+
 @_need("binutils", "apt-get install binutils")
 def binutils() -> str:
     return _runs("readelf", "--version") or _runs("strip", "--version")

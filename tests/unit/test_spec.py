@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trapline.errors import SpecError, Unsupported
 from trapline.expressions import REGISTERS
-from trapline.model import Point, PointKind, ProbeKind, ProbeSpec
+from trapline.model import Aggregate, Point, PointKind, ProbeKind, ProbeSpec
 from trapline.spec import MAX_TEXT, WHERE_KEYS, format_probe, parse_probe, require_supported
 
 
@@ -54,13 +54,15 @@ def test_object_and_point(text: str, object_: str, point: Point) -> None:
 def test_every_clause() -> None:
     spec = parse_probe(
         " slow = ur:app:f {size=entry(arg0), entry(str(arg1,128)), reg.rbx, str( entry(arg2) ), retval, took=latency}"
-        " @ comm=nginx*, host=web-* if entry(arg0)>3 -> hist(arg0) by (pid)"
+        " @ comm=nginx*, host=web-* if entry(arg0)>3 -> hist( entry(arg0) )by( pid )"
     )
     assert spec.name == "slow"
     assert spec.kind is ProbeKind.RETURN
     assert spec.where == {"comm": "nginx*", "host": "web-*"}
     assert spec.condition == "entry(arg0) > 3"
-    assert spec.aggregate == "hist(arg0) by (pid)"
+    assert spec.aggregate == Aggregate(
+        text="hist(entry(arg0)) by (pid)", function="hist", value="entry(arg0)", by=["pid"]
+    )
     assert [(c.name, c.text) for c in spec.captures] == [
         ("size", "entry(arg0)"),
         ("entry(str(arg1, 128))", "entry(str(arg1, 128))"),
@@ -71,7 +73,7 @@ def test_every_clause() -> None:
     ]
     assert spec.text == (
         "slow=ur:app:f @ comm=nginx*, host=web-* if entry(arg0) > 3 {size=entry(arg0), entry(str(arg1, 128)), reg.rbx,"
-        " str(entry(arg2)), retval, took=latency} -> hist(arg0) by (pid)"
+        " str(entry(arg2)), retval, took=latency} -> hist(entry(arg0)) by (pid)"
     )
     require_supported(parse_probe("ur:app:f {retval}"))
 
@@ -158,6 +160,20 @@ def test_other_tools_habits(theirs: str, ours: str) -> None:
         ("app:f {lambda: 1}", "lambda: 1}", "Lambda"),
         ("app:f if x {arg0} if y", "if y", "second `if`"),
         ("app:f -> cuont()", "cuont()", "did you mean `count`"),
+        ("app:f -> arg0", "arg0", "is a call"),
+        ("app:f -> hist(retval)", "retval)", "when the function returns"),
+        ("ur:app:f -> hist(arg0)", "arg0)", "did you mean `entry(arg0)`"),
+        ("app:f -> hist()", "hist()", "expected `hist(x)`"),
+        ("app:f -> count(arg0)", "count(arg0)", "`count() by (expression, ...)`"),
+        ("app:f -> sum(x=arg0)", "arg0)", "no named parameters"),
+        ("app:f -> topk(arg0, 0)", "0)", "1 to 100"),
+        ("app:f -> topk(arg0, arg1)", "arg1)", "whole number"),
+        ("app:f -> lhist(arg0, 10, 10, 1)", "lhist(arg0, 10, 10, 1)", "goes up"),
+        ("app:f -> lhist(arg0, 0, 10000, 1)", "lhist(arg0, 0, 10000, 1)", "1000 steps"),
+        ("app:f -> count() by arg0", "arg0", "by (expression, ...)"),
+        ("app:f -> count() by ()", "()", "expected an expression"),
+        ("app:f -> count() buy (arg0)", "buy (arg0)", "unexpected"),
+        ("app:f -> count() by (pid,pid,pid,pid,pid,pid,pid,pid,pid)", "(pid,pid,pid,pid,pid,pid,pid,pid,pid)", "8"),
         ("app:f /pid == 3/", "/pid == 3/", "@ pid=N"),
         ("app:f nonsense", "nonsense", "unexpected"),
         ('app:"f', '"f', "not closed"),
@@ -210,7 +226,7 @@ def test_captures_beyond_this_release_are_unsupported(text: str, at: str, featur
         ("app:f @ pid=3, label=a", ", label=a", "`label`"),
         ("app:f @ container=a", "@ container=a", "`container`"),
         ("app:f @ cgroup=a", "@ cgroup=a", "`cgroup`"),
-        ("app:f -> count()", "-> count()", "aggregate"),
+        ("app:f {arg0} -> count()", "{arg0} -> count()", "beside an aggregate"),
     ],
 )
 def test_features_beyond_this_release_are_refused_by_name(text: str, at: str, feature: str) -> None:
@@ -221,8 +237,35 @@ def test_features_beyond_this_release_are_refused_by_name(text: str, at: str, fe
     assert feature in e.value.detail
 
 
+@pytest.mark.parametrize(
+    ("text", "aggregate"),
+    [
+        ("count()", Aggregate(text="count()", function="count")),
+        (
+            " hist( arg0 )  by  (comm , str(arg1)) ",
+            Aggregate(text="hist(arg0) by (comm, str(arg1))", function="hist", value="arg0", by=["comm", "str(arg1)"]),
+        ),
+        (
+            "topk(str(arg0)) by (tid)",
+            Aggregate(text="topk(str(arg0)) by (tid)", function="topk", value="str(arg0)", parameters=[10], by=["tid"]),
+        ),
+        ("topk(pid, 3)", Aggregate(text="topk(pid, 3)", function="topk", value="pid", parameters=[3])),
+        (
+            "lhist(reg.rsi, -10, 100, 7)",
+            Aggregate(text="lhist(reg.rsi, -10, 100, 7)", function="lhist", value="reg.rsi", parameters=[-10, 100, 7]),
+        ),
+    ],
+)
+def test_aggregates(text: str, aggregate: Aggregate) -> None:
+    spec = parse_probe(f"app:f -> {text}")
+    assert spec.aggregate == aggregate
+    assert parse_probe(spec.text) == spec
+    assert parse_probe(f"app:f -> {text} @ pid=3").text == f"app:f @ pid=3 -> {aggregate.text}"
+
+
 def test_what_is_supported_passes() -> None:
     for text in (
+        "app:f -> count() by (pid, comm)",
         "libc.so.6:malloc {arg0}",
         "*:f* @ pid=1, comm=a, exe=/x, uid=0, host=h",
         "app:0x10",

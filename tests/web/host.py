@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tests.unit.service.peers import AgentPeer, World, batch
+from tests.unit.service.peers import AgentPeer, World, batch, frame
+from trapline.aggregates import Function
 from trapline.errors import NotFound
 from trapline.model import (
     Cause,
@@ -91,6 +92,22 @@ class Host:
         seq = self.sent.get(probe, 0)
         self.sent[probe] = seq + count
         await self.agent.send_batch(batch(probe, seq=seq, count=count, text=text))
+
+    async def add_up(
+        self,
+        probe: str,
+        function: Function,
+        values: dict[str, list[int]],
+        *,
+        keyed: bool = True,
+        parameters: tuple[int, ...] = (),
+    ) -> None:
+        """Sends what hits of these values, by key, add up to."""
+        seq = self.sent.get(probe, 0)
+        self.sent[probe] = seq + sum(map(len, values.values()))
+        await self.agent.send_batch(
+            frame(probe, values, function=function, parameters=parameters, seq=seq, keyed=keyed)
+        )
 
     async def lose(self, probe: str, count: int) -> None:
         """Says that the agent had to let hits go."""

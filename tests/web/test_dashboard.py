@@ -382,6 +382,63 @@ async def test_the_theme_is_the_system_s_and_can_be_changed_for_good(page: Page,
     await expect(html).to_have_attribute("data-theme", other[theme])
 
 
+# --- aggregates ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_table_that_grows(home: Page, host: Host) -> None:
+    probe = await arm(home, host, "libc.so.6:malloc -> sum(arg0) by (comm)")
+    panel = home.get_by_test_id("aggregate")
+    await expect(panel).to_contain_text("No hits yet")
+    await host.add_up(probe, "sum", {"nginx": [64] * 3, "redis\n": [1 << 60]})
+    await expect(panel.get_by_test_id("aggregate-count")).to_have_text("4 hits · 2 rows")
+    rows = panel.get_by_test_id("aggregate-row")
+    await expect(rows).to_have_text(
+        [re.compile(r"nginx\s*3\s*192"), re.compile(r"redis\\n\s*1\s*1,152,921,504,606,846,976")]
+    )
+    await host.add_up(probe, "sum", {"redis\n": [1] * 9})
+    await expect(rows.first).to_have_text(re.compile(r"redis\\n\s*10\s*1,152,921,504,606,846,985"))
+    await expect(home.get_by_test_id("rate")).not_to_have_text("0")
+    await host.lose(probe, 5)
+    await host.add_up(probe, "sum", {"nginx": [1]})
+    await expect(panel.get_by_role("status")).to_contain_text("5 hits were lost")
+    await button(panel, "All hits").click()
+    await expect(home.get_by_test_id("tail")).to_be_visible()
+    await button(home, "Show the aggregate of malloc").click()
+    await expect(rows).to_have_count(2)
+    await home.reload()
+    await button(home, "Show the aggregate of malloc").click()
+    await expect(rows).to_have_count(2)
+
+
+async def test_histograms_are_bars(home: Page, host: Host) -> None:
+    probe = await arm(home, host, "libc.so.6:malloc -> hist(arg0) by (comm)")
+    await host.add_up(probe, "hist", {"nginx": [3] * 40 + [100] * 10 + [5000] * 20, "curl": [7]})
+    panel = home.get_by_test_id("aggregate")
+    first = panel.locator("figure").first
+    await expect(first).to_contain_text("comm = nginx")
+    await expect(first.locator(".label")).to_have_text(
+        ["2 – 4", "4 – 8", "8 – 16", "16 – 32", "32 – 64", "64 – 128", "128 – 256", "256 – 512", "512 – 1K",
+         "1K – 2K", "2K – 4K", "4K – 8K"]
+    )  # fmt: skip
+    widths = await first.locator(".bar > span").evaluate_all("all => all.map(e => e.style.width)")
+    assert [widths[0], widths[5], widths[11], widths[1]] == ["100%", "25%", "50%", "0%"]
+    await expect(panel.locator("figure")).to_have_count(2)
+
+
+async def test_quantiles_are_numbers_and_what_is_frequent_a_list(home: Page, host: Host) -> None:
+    probe = await arm(home, host, "ur:libc.so.6:malloc -> quantiles(latency)")
+    await host.add_up(probe, "quantiles", {"": list(range(1000, 11000))}, keyed=False)
+    panel = home.get_by_test_id("aggregate")
+    await expect(panel.locator("th")).to_have_text(
+        ["hits", "min", "median", "90 %", "95 %", "99 %", "99.9 %", "max", ""]
+    )
+    await expect(panel.get_by_test_id("aggregate-row")).to_contain_text(re.compile(r"10,000\s*1.0 µs\s*(5.9|6.0) µs"))
+    other = await arm(home, host, "libc.so.6:calloc -> topk(arg0, 2)", "calloc")
+    await host.add_up(other, "topk", {"": [5] * 30 + [6] * 20 + [7]}, keyed=False, parameters=(2,))
+    await expect(panel.locator(".items .label")).to_have_text(["5", "6"])
+    await expect(panel.locator(".items .n")).to_have_text(["30", "20"])
+
+
 @pytest.mark.parametrize("width", [390, 768, 1280])
 async def test_nothing_sticks_out_at_any_width(home: Page, host: Host, width: int) -> None:
     probe = await arm(home, host)

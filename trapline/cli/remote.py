@@ -24,6 +24,7 @@ from trapline.cli.console import (
     unreturned,
 )
 from trapline.cli.rows import format_hit, plain
+from trapline.cli.tables import lines
 from trapline.client import Client, Gap
 from trapline.errors import NotFound
 from trapline.model import Phase, Probe, ProbeKind, Resolution, Target, TargetState
@@ -167,6 +168,24 @@ def coverage(probe: ProbeName, json: Json = False, url: Url = None, token: Token
         print_table(("HOST", "PID", "COMM", "SYMBOL", "FROM", "TO", "CAUSE (HOOK)", "MISSED BEFORE"), rows)
     else:
         note("it was armed nowhere yet")
+
+
+@probe_app.command("aggregate")
+def aggregate(
+    probe: ProbeName,
+    top: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows, those with the most hits.")] = 100,
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Show what the hits of a probe with an aggregate add up to, so far."""
+    with Client(url, token) as client:
+        table = client.aggregate(probe, top=top)
+    if json:
+        print_json(table)
+    else:
+        for line in lines(table):
+            out.print(line, markup=False)
 
 
 @probe_app.command("rm")

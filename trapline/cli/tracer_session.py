@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from rich.live import Live
+from rich.text import Text
+
+from trapline.aggregates import Table, capacity_of
 from trapline.cli.console import (
     ENDS,
     EXIT_ERROR,
@@ -27,17 +31,21 @@ from trapline.cli.console import (
     first_error,
     microseconds,
     note,
+    out,
     print_table,
     progress,
     uncovered,
     unreturned,
 )
-from trapline.cli.rows import Lines
+from trapline.cli.rows import Lines, plain
+from trapline.cli.tables import lines
 from trapline.errors import NotFound, SpecError, TraplineError
-from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
+from trapline.model import AggregateTable, DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
+from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
 from trapline.state import state_dir
+from trapline.tables import table_of
 from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
@@ -47,6 +55,9 @@ from trapline_agent.tracer.client import Event
 
 _WAITING_BYTES = 64 * 1024 * 1024
 _STAGE = "terminal"
+_MAX_KEYS = 10_000
+_LIVE_S = 0.5
+_LIVE_ROWS = 12
 
 
 @dataclass
@@ -154,6 +165,10 @@ class Traced:
     """One probe of the session."""
 
     run: ProbeRun
+    table: Table | None = None
+    """Of a probe with an aggregate."""
+    lost: int = 0
+    """Hits that are not in the table."""
     processes: set[tuple[int, int]] = field(default_factory=set)
     """(pid, start time) of every process that it was ever armed in."""
 
@@ -250,8 +265,59 @@ class Session:
             finally:
                 await self._writer.close()
                 if self._began:
+                    self._write_tables(file)
                     self._summary()
         return self.status
+
+    def _take(self, frame: bytes) -> None:
+        """Takes a hit batch, or what an aggregate has gained."""
+        if not aggregates.is_delta(frame):
+            self._writer.put(frame)
+            return
+        delta = aggregates.decode(frame)
+        traced = self._probes.get(delta.probe)
+        if traced is not None and traced.table is not None:
+            traced.table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+            traced.lost += sum(delta.drops.values())
+
+    def _tables(self, top: int | None) -> list[AggregateTable]:
+        tables = []
+        for probe, traced in self._probes.items():
+            aggregate = traced.run.desired.spec.aggregate
+            if aggregate is not None and traced.table is not None:
+                table = table_of(aggregate, traced.table, probe=probe, top=top)
+                table.lost = traced.lost
+                tables.append(table)
+        return tables
+
+    def _shown(self, top: int | None) -> str:
+        """Returns all tables as text."""
+        shown = []
+        for table in self._tables(top):
+            title = table.probe if table.aggregate.text in table.probe else f"{table.probe} -> {table.aggregate.text}"
+            shown.append("\n".join([plain(title), *lines(table), ""]))
+        return "\n".join(shown)
+
+    def _write_tables(self, file: IO[bytes]) -> None:
+        """Writes what the aggregates came to."""
+        if self._options.json:
+            text = "".join(table.model_dump_json() + "\n" for table in self._tables(None))
+        else:
+            text = self._shown(None)
+        with contextlib.suppress(BrokenPipeError, ValueError):  # the reader has enough
+            file.write(text.encode())
+            file.flush()
+
+    async def _show_tables(self) -> None:
+        """Shows on a terminal how the tables grow."""
+        if self._options.json or self._options.output is not None or not out.is_terminal:
+            return
+        if not any(traced.table is not None for traced in self._probes.values()):
+            return
+        with Live(console=out, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(Text(self._shown(_LIVE_ROWS)), refresh=True)
+                await asyncio.sleep(_LIVE_S)
 
     def _interrupt(self, number: int) -> None:
         self._interrupts += 1
@@ -276,7 +342,7 @@ class Session:
                 host_id=self._host, resolver=resolver, tasks=tasks, changed=lambda _: self._changed.set()
             )
             self._reconciler.tracer_up(tracer)
-            tasks.create_task(self._keeper.keep(self, self._writer.put), name="tracer")
+            tasks.create_task(self._keeper.keep(self, self._take), name="tracer")
             try:
                 if self._options.command:
                     self._command_pid = await tracer.launch(self._options.command)
@@ -297,7 +363,10 @@ class Session:
                 if probe in self._probes:
                     probe = f"{probe} ({number})"
                 desired = DesiredProbe(id=probe, spec=spec, limits=ProbeLimits(max_hits=self._options.max_hits))
-                self._probes[probe] = Traced(self._reconciler.upsert(desired))
+                table = None
+                if (aggregate := spec.aggregate) is not None:
+                    table = Table(_MAX_KEYS, capacity_of(aggregate.function, aggregate.parameters))
+                self._probes[probe] = Traced(self._reconciler.upsert(desired), table)
             for traced in self._probes.values():
                 await traced.run.settled.wait()
         for traced in self._probes.values():
@@ -328,11 +397,14 @@ class Session:
 
     async def _until_the_end(self) -> None:
         ends = [asyncio.ensure_future(self._ending.wait()), asyncio.ensure_future(self._writer.ended.wait())]
+        showing = asyncio.ensure_future(self._show_tables())
         try:
             await asyncio.wait(ends, timeout=self._options.duration_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for end in ends:
+            for end in (*ends, showing):
                 end.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await showing
 
     def _summary(self) -> None:
         rows = []

@@ -145,7 +145,7 @@ class HitBatch:
                 st = int(self.columns[c.name + STATUS_SUFFIX][i])
                 args[c.name] = None if st > ValueStatus.TRUNCATED else convert[c.name](self.columns[c.name][i].item())
                 if st:
-                    status[c.name] = _status_text(st)
+                    status[c.name] = status_text(st)
             site = int(sites[i])
             pid = int(pids[i])
             yield Hit(
@@ -190,7 +190,8 @@ def in_json(kind: str, strings: Sequence[bytes]) -> Callable[[Any], JsonValue]:
     return _real if kind == "f64" else _number
 
 
-def _status_text(value: int) -> str:
+def status_text(value: int) -> str:
+    """Returns the word for a value's status; a newer agent's becomes ``status-N``."""
     try:
         return ValueStatus(value).text
     except ValueError:

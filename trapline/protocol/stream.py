@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from trapline.errors import ProtocolError
-from trapline.model import Hit, Host, Model, Probe
+from trapline.model import AggregateTable, Hit, Host, Model, Probe
 
 JSON_SUBPROTOCOL = "trapline.v1.json"
 BINARY_SUBPROTOCOL = "trapline.v1.binary"
@@ -33,7 +33,7 @@ class Subscribe(StreamModel):
     type: Literal["subscribe"] = "subscribe"
     id: Annotated[str, Field(min_length=1, max_length=64)]
     """The client's own name for the subscription."""
-    topic: Literal["hits", "probes", "hosts"]
+    topic: Literal["hits", "probes", "hosts", "aggregates"]
     filter: StreamFilter = Field(default_factory=StreamFilter)
     on_slow: Literal["drop-oldest", "disconnect"] = "drop-oldest"
 
@@ -67,12 +67,14 @@ class HitItems(Model):
 
 
 class Status(Model):
-    """A probe or host as it is now; topics ``probes`` and ``hosts``. All are sent once after ``subscribed``."""
+    """A probe, host or aggregate as it is now; topics ``probes``, ``hosts`` and ``aggregates``. All are sent once after
+    ``subscribed``, and whole each time: who is slow gets the latest. Of an aggregate the 100 rows with the most hits."""
 
     type: Literal["status"] = "status"
     id: str
     probe: Probe | None = None
     host: Host | None = None
+    aggregate: AggregateTable | None = None
     removed: str | None = None
     """The id of what is gone."""
 

@@ -102,7 +102,7 @@ describe("the live stream", () => {
     const socket = world.sockets[0]!;
     socket.onopen?.();
     expect(socket.binaryType).toBe("arraybuffer");
-    expect(socket.sent).toEqual(["hosts", "probes", "hits"].map((t) => ({ type: "subscribe", id: t, topic: t })));
+    expect(socket.sent).toEqual(["hosts", "probes", "hits", "aggregates"].map((t) => ({ type: "subscribe", id: t, topic: t })));
     expect(log.last).toBe("connecting");
     socket.say({ type: "subscribed", id: "probes", number: 1 });
     expect(log.last).toBe("live");

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from trapline.errors import Unsupported
+from trapline.errors import SpecError, Unsupported
 from trapline.expressions import ARGUMENT
-from trapline.model import Capture, ProbeKind
+from trapline.model import Aggregate, Capture, ProbeKind, ProbeSpec
 from trapline.tree import Call, Field, Name, parse, walk
 from trapline_agent.capture.compiler import Compiler, Site, unified
-from trapline_agent.plans import LATENCY, Context, Entry, FetchPlan, Program, Register, Text, Value
+from trapline_agent.plans import (
+    CONTEXT,
+    LATENCY,
+    AggregatePlan,
+    Context,
+    Entry,
+    FetchPlan,
+    Program,
+    Register,
+    Text,
+    Value,
+)
 
 _OF_A_RETURN = (Capture(text="retval", name="retval"), Capture(text=LATENCY, name=LATENCY))
 """What a return probe fetches that asks for nothing."""
@@ -30,13 +41,41 @@ def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY, site: 
     return fetches
 
 
-def compiled(captures: Iterable[Capture], condition: str, site: Site) -> tuple[list[FetchPlan], Program | None]:
+def columns_of(spec: ProbeSpec) -> list[Capture]:
+    """Returns what is computed of each hit: what it captures, or of an aggregate what it is grouped by, then what it is
+    of."""
+    if spec.aggregate is None:
+        return spec.captures
+    texts = [*spec.aggregate.by, *([spec.aggregate.value] if spec.aggregate.value else [])]
+    return [Capture(text=text, name=text) for text in texts]
+
+
+def lower_aggregate(aggregate: Aggregate, max_keys: int) -> AggregatePlan:
+    """Returns what the tracer does with the columns of a probe that has an aggregate."""
+    return AggregatePlan(aggregate.function, tuple(aggregate.parameters), len(aggregate.by), max_keys)
+
+
+def require_numbers(aggregate: Aggregate, columns: Sequence[FetchPlan]) -> None:
+    """Refuses an aggregate of numbers whose value is none. Raises SpecError."""
+    if aggregate.value and aggregate.function not in ("topk", "distinct") and columns[-1].column in ("str", "bytes"):
+        raise SpecError(
+            f"{aggregate.function} is of a number, and `{aggregate.value}` is a text",
+            hint="texts can be counted with topk(...), distinct(...), or count() by (...)",
+            text=aggregate.value,
+            position=0,
+        )
+
+
+def compiled(
+    captures: Iterable[Capture], condition: str, site: Site, *, aggregate: bool = False
+) -> tuple[list[FetchPlan], Program | None]:
     """Compiles what a probe computes at a site.
 
     Args:
         captures: its columns; of a return probe none means the result and the time.
         condition: an expression; empty where there is none.
         site: the place.
+        aggregate: they are an aggregate's: no columns mean none, and pid, tid and comm are plain fetches too.
 
     Returns:
         The columns, and the site's program; None where the columns are plain fetches, which need none.
@@ -45,22 +84,22 @@ def compiled(captures: Iterable[Capture], condition: str, site: Site) -> tuple[l
         TraplineError: an expression means nothing there; has its text and the place in it.
     """
     captures = list(captures)
-    if site.kind is ProbeKind.RETURN:
+    if site.kind is ProbeKind.RETURN and not aggregate:
         captures = captures or list(_OF_A_RETURN)
     compiler = Compiler(site)
     columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
     holds = compiler.condition(condition) if condition else None
-    plain = [_plain(*column) for column in columns]
+    plain = [_plain(*column) or (_context(*column) if aggregate else None) for column in columns]
     if holds is None and all(plain):
         return [p for p in plain if p], None
     program = Program(tuple(value for _, _, value in columns), holds)
     return [FetchPlan(name, type=kind) for name, kind, _ in columns], program
 
 
-def needs_scope(captures: Iterable[Capture], condition: str, kind: ProbeKind) -> bool:
+def needs_scope(captures: Iterable[Capture], condition: str, kind: ProbeKind, *, aggregate: bool = False) -> bool:
     """Whether debug information has a say in what a probe computes."""
     captures = list(captures)
-    if kind is ProbeKind.RETURN and not captures:
+    if kind is ProbeKind.RETURN and not captures and not aggregate:
         return True
     texts = [c.text for c in captures] + ([condition] if condition else [])
     for text in texts:
@@ -140,9 +179,17 @@ def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:
     return None
 
 
+def _context(name: str, kind: str, value: Value) -> FetchPlan | None:
+    """Returns the fetch of an aggregate that needs neither registers nor memory."""
+    if isinstance(value, Context) and value.name in CONTEXT:
+        return FetchPlan(name, value.name, type=kind)
+    return None
+
+
 def _value(fetch: FetchPlan) -> Value:
     """The other way round."""
-    word: Value = Context(LATENCY) if fetch.register == LATENCY else Register(fetch.register)
+    known = fetch.register == LATENCY or fetch.register in CONTEXT
+    word: Value = Context(fetch.register) if known else Register(fetch.register)
     if fetch.string:
         late = fetch.entry and fetch.late
         string = Text(Entry(word) if late else word, fetch.max_bytes)

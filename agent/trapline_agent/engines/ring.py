@@ -92,6 +92,11 @@ class HitRing:
         """Samples of how long the engine held a thread for one hit, in ns."""
 
     @property
+    def due(self) -> float:
+        """CLOCK_MONOTONIC seconds at which ``drain`` is to be called again; 0: when ``on_data`` says so."""
+        return 0.0
+
+    @property
     def in_flight(self) -> int:
         """Calls of a return probe that have not returned yet."""
         with self._lock:
@@ -259,12 +264,14 @@ class HitRing:
         generation: int,
         sites: Sequence[str],
         comms: Mapping[int, str],
+        last: bool = True,
     ) -> list[tuple[int, bytes]]:
         """Takes all rows out and returns them as (count, encoded batch), oldest first.
 
         Args:
             host, probe, source, generation, sites: for the headers.
             comms: names of processes by pid; those that occur go into the header.
+            last: nothing may stay for a later, larger batch.
         """
         with self._lock:
             if not self._chunk.count and not self._full:

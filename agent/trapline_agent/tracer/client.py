@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Self
 
 from trapline.errors import ProtocolError, TraplineError, Unavailable
-from trapline_agent.plans import FetchPlan, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
 from trapline_agent.tracer import messages as m
 
 Event = m.Targets | m.Covered | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
-"""What comes unasked; an encoded hit batch comes as bytes."""
+"""What comes unasked; an encoded hit batch or aggregate comes as bytes."""
 
 _START_TIMEOUT_S = 20.0
 
@@ -175,6 +175,7 @@ class TracerClient:
         max_hits: int = 0,
         overhead: float | None = None,
         returns: bool = False,
+        aggregate: AggregatePlan | None = None,
     ) -> None:
         """Registers a probe, or adds sites to it; returns when every process that maps the files now is armed or refused.
 
@@ -192,6 +193,7 @@ class TracerClient:
                 max_hits=max_hits,
                 overhead=overhead,
                 returns=returns,
+                aggregate=aggregate,
             )
         )
 

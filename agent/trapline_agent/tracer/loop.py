@@ -22,16 +22,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from trapline.aggregates import FUNCTIONS
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
 from trapline.protocol.hits import VALUE_TYPES
 from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.capture.compute import wrong
+from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import LATENCY
+from trapline_agent.plans import CONTEXT, LATENCY
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.connection import Connection, listen
 from trapline_agent.tracer.guard import Guard
@@ -57,6 +59,7 @@ _SETTLE_S = 0.2
 """How long the last words to an agent that hangs may take; nothing is armed then."""
 _LEASES_S = (0.05, 86_400.0)
 _MAX_FETCH_BYTES = 4096
+_MAX_KEYS = 65_536
 _MAX_CANDIDATES = 16
 _UCRED = struct.Struct("=iII")
 
@@ -382,14 +385,31 @@ class Tracer:
             )
 
         def ring() -> HitRing:
-            made = HitRing(
-                message.fetches,
-                max_hits=message.max_hits,
-                returns=message.returns,
-                floats=self._engine.floats,
-                on_data=self._shipper.data,
-                on_limit=lambda: self._post(lambda: self._complete(message.probe, made)),
-            )
+            def complete() -> None:
+                self._post(lambda: self._complete(message.probe, made))
+
+            made: HitRing
+            data, limit, returns = self._shipper.data, message.max_hits, message.returns
+            if message.aggregate is None:
+                made = HitRing(
+                    message.fetches,
+                    max_hits=limit,
+                    returns=returns,
+                    floats=self._engine.floats,
+                    on_data=data,
+                    on_limit=complete,
+                )
+            else:
+                made = AggregateStore(
+                    message.aggregate,
+                    message.fetches,
+                    self._engine.comms,
+                    max_hits=limit,
+                    returns=returns,
+                    floats=self._engine.floats,
+                    on_data=data,
+                    on_limit=complete,
+                )
             return made
 
         known = self._table.consumer(message.probe)
@@ -544,8 +564,9 @@ class Tracer:
         with self._rings_lock:
             # A probe that was taken out and registered again: first what it had before.
             consumers = [*self._draining, *self._leaving, *self._table.consumers]
+            parted = set(self._draining)
             self._draining.clear()
-        return [
+        batches = [
             (consumer.ring, count, batch)
             for consumer in consumers
             for count, batch in consumer.ring.drain(
@@ -555,8 +576,11 @@ class Tracer:
                 generation=consumer.register.generation,
                 sites=consumer.register.sites,
                 comms=self._engine.comms,
+                last=consumer in parted,
             )
         ]
+        self._shipper.again_at = min((due for c in consumers if (due := c.ring.due)), default=0.0)
+        return batches
 
     def _stats_of(self, consumer: Consumer) -> m.Stats:
         ring = consumer.ring
@@ -699,6 +723,13 @@ def _check_register(message: m.Register) -> None:
     for plan in message.plans:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
+    if (aggregate := message.aggregate) is not None:
+        if not 1 <= aggregate.max_keys <= _MAX_KEYS:
+            raise EngineError(f"probe {message.probe}: an aggregate of {aggregate.max_keys} rows")
+        if aggregate.function not in FUNCTIONS or len(aggregate.parameters) != FUNCTIONS[aggregate.function]:
+            raise EngineError(f"probe {message.probe}: no such aggregate: {aggregate.function}{aggregate.parameters}")
+        if len(message.fetches) != aggregate.by + (aggregate.function != "count"):
+            raise EngineError(f"probe {message.probe}: {aggregate.function} of nothing, or of too much")
     plain = all(fetch.register for fetch in message.fetches)
     for plan in message.plans:
         if not plain and (plan.program is None or len(plan.program.values) != len(message.fetches)):
@@ -714,6 +745,8 @@ def _check_register(message: m.Register) -> None:
         if not fetch.register and not plain:
             continue
         if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
+            continue
+        if message.aggregate is not None and fetch.register in CONTEXT and not fetch.entry:
             continue
         if fetch.register not in REGISTERS:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no register `{fetch.register}`")

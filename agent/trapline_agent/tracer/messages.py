@@ -1,7 +1,8 @@
 """What agent and tracer say to each other over their Unix socket.
 
 A frame is u32 little-endian length, u8 kind, payload: kind 0 is a control message (msgpack of the structs below, tagged by
-``t``), kind 1 a hit batch as ``trapline.protocol.hits`` encodes it. Both ends are of the same release: there is no version
+``t``), kind 1 a hit batch as ``trapline.protocol.hits`` encodes it or an aggregate frame as ``trapline.protocol.aggregates``
+does. Both ends are of the same release: there is no version
 negotiation beyond ``Ready.protocol``, which must be equal.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 
 from trapline.errors import ProtocolError
-from trapline_agent.plans import FetchPlan, FileKey, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, FileKey, SitePlan
 
 PROTOCOL = 1
 FRAME = struct.Struct("<IB")
@@ -75,6 +76,8 @@ class Register(Message, tag="register"):
     """Its own budget, in the place of ``Budgets.probe``; 0: none."""
     returns: bool = False
     """The sites are entries of functions; a hit is a return from one."""
+    aggregate: AggregatePlan | None = None
+    """What becomes of hits in the place of rows: ``fetches`` are what it is grouped by, then what it is of."""
 
 
 class Unregister(Message, tag="unregister"):
@@ -283,7 +286,7 @@ def frame(message: Message) -> bytes:
 
 
 def hits_frame(batch: bytes) -> bytes:
-    """Returns the frame of an encoded hit batch."""
+    """Returns the frame of an encoded hit batch or aggregate."""
     return FRAME.pack(len(batch), HITS) + batch
 
 

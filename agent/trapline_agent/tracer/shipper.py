@@ -47,6 +47,9 @@ class Shipper:
         self._socket: socket.socket | None = None
         self._sending: socket.socket | None = None
         self._closing = False
+        self.again_at = 0.0
+        """CLOCK_MONOTONIC seconds at which ``drain`` is called again though nobody calls ``data``; 0: not. ``drain`` sets
+        it."""
         self._thread = threading.Thread(target=self._run, name="trapline-ship", daemon=True)
         self._thread.start()
 
@@ -129,7 +132,7 @@ class Shipper:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._wake.wait()
+                self._wake.wait(max(0.0, self.again_at - time.monotonic()) if self.again_at else None)
                 self._wake.clear()
                 self._urgent.clear()
                 started = time.monotonic()

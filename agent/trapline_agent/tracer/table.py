@@ -774,11 +774,12 @@ def _why_missed(missed: str, unheld: str | None) -> str:
 
 
 def _same_terms(one: Register, other: Register) -> bool:
-    return (one.fetches, one.where, one.max_hits, one.returns) == (
+    return (one.fetches, one.where, one.max_hits, one.returns, one.aggregate) == (
         other.fetches,
         other.where,
         other.max_hits,
         other.returns,
+        other.aggregate,
     )
 
 

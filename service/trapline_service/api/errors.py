@@ -31,6 +31,7 @@ STATUS = {
     "origin-refused": 403,
     "protocol-error": 502,
     "page-token-invalid": 422,
+    "range-invalid": 422,
     "error": 500,
 }
 """Status by ``TraplineError.code``. 401 and 403 speak of this API alone: what a *host* does not permit is 422."""

@@ -15,7 +15,7 @@ from trapline.protocol.stream import (
     Subscribe,
     parse_client_message,
 )
-from trapline_service import fleet, probes
+from trapline_service import aggregates, fleet, probes
 from trapline_service.api.sockets import admit, close, overdue, until_one_ends
 from trapline_service.hub import Subscriber
 from trapline_service.service import Service
@@ -97,3 +97,9 @@ def _subscribe(service: Service, subscriber: Subscriber, request: Subscribe) -> 
         for host in service.fleet.hosts():
             if subscriber.concerns(subscription, host.id):
                 subscriber.tell(subscription, host.id, fleet.status_fields(host))
+    elif request.topic == "aggregates":
+        for probe in service.probes.all():
+            if probe.spec.aggregate is not None and subscriber.concerns(subscription, probe.id):
+                table = service.aggregates.table(probe.id, aggregates.LIVE_ROWS)
+                if table is not None:
+                    subscriber.tell(subscription, probe.id, aggregates.status_fields(table))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -53,6 +53,31 @@ class Chunk:
     """Wall-clock time of the earliest hit, Unix ns."""
     t1_ns: int
     count: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Rollup:
+    """What a probe's aggregate gained in a stretch of time; of the same stretch there may be several."""
+
+    id: str
+    probe: str
+    start_ns: int
+    """Unix ns."""
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A probe's aggregate so far."""
+
+    probe: str
+    next: Mapping[str, int]
+    """The next sequence by host and source: what is in here is everything before."""
+    lost: int
+    """Hits that never came."""
+    since_ns: int
+    until_ns: int
     data: bytes
 
 
@@ -109,4 +134,20 @@ class Store(Protocol):
 
     async def trim_chunks(self, *, max_bytes: int, before_ns: int) -> int:
         """Removes chunks that ended before ``before_ns``, and the oldest beyond ``max_bytes``; returns how many."""
+        ...
+
+    async def put_aggregates(
+        self, wholes: Sequence[Whole], rollups: Sequence[Rollup], *, gone: Collection[str]
+    ) -> None:
+        """Keeps aggregates, each in place of its former state, and forgets those of probes that are gone; all or none."""
+        ...
+
+    async def wholes(self) -> list[Whole]: ...
+
+    async def rollups(self, probe: str, since_ns: int, until_ns: int) -> list[Rollup]:
+        """Returns those that begin in a time, oldest first."""
+        ...
+
+    async def trim_rollups(self, *, max_bytes: int, before_ns: int) -> int:
+        """Removes those that began before ``before_ns``, and the oldest beyond ``max_bytes``; returns how many."""
         ...

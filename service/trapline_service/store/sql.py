@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
+import msgspec
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -29,7 +30,7 @@ from sqlalchemy.sql.dml import Update
 from trapline.errors import Conflict, Unavailable
 from trapline.model import Host
 from trapline_service.frames import LinkPosition
-from trapline_service.store.base import Chunk, ProbeRecord, TokenRecord
+from trapline_service.store.base import Chunk, ProbeRecord, Rollup, TokenRecord, Whole
 
 SCHEMA_VERSION = 1
 
@@ -70,6 +71,24 @@ _links = Table(
     Column("host", String(64), primary_key=True),
     Column("link_id", String(64), nullable=False),
     Column("link_seq", BigInteger, nullable=False),
+)
+_rollups = Table(
+    "rollups",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("probe", String(64), nullable=False),
+    Column("start_ns", BigInteger, nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Index("rollups_by_probe", "probe", "start_ns"),
+    Index("rollups_by_time", "start_ns", "size_bytes"),
+)
+_aggregates = Table(
+    "aggregates",
+    metadata,
+    Column("probe", String(64), primary_key=True),
+    Column("body", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
 )
 
 
@@ -229,11 +248,15 @@ class SqlStore:
         return [LinkPosition(r.host, r.link_id, r.link_seq) for r in rows]
 
     async def trim_chunks(self, *, max_bytes: int, before_ns: int) -> int:
+        return await self._trim(_chunks, _chunks.c.t1_ns, max_bytes, before_ns)
+
+    async def _trim(self, table: Table, at: Column[int], max_bytes: int, before_ns: int) -> int:
+        """Removes rows whose time ``at`` is before ``before_ns``, and the oldest beyond ``max_bytes``."""
         async with self._begin() as c:
-            removed = (await c.execute(delete(_chunks).where(_chunks.c.t1_ns < before_ns))).rowcount
-            excess = ((await c.execute(select(func.sum(_chunks.c.size_bytes)))).scalar() or 0) - max_bytes
+            removed = (await c.execute(delete(table).where(at < before_ns))).rowcount
+            excess = ((await c.execute(select(func.sum(table.c.size_bytes)))).scalar() or 0) - max_bytes
             if excess > 0:
-                oldest = await c.stream(select(_chunks.c.id, _chunks.c.size_bytes).order_by(_chunks.c.t1_ns))
+                oldest = await c.stream(select(table.c.id, table.c.size_bytes).order_by(at))
                 doomed = []
                 async for id, size in oldest:
                     doomed.append(id)
@@ -241,10 +264,46 @@ class SqlStore:
                     if excess <= 0:
                         break
                 await oldest.close()
-                for at in range(0, len(doomed), 500):  # databases bound the number of parameters
-                    await c.execute(delete(_chunks).where(_chunks.c.id.in_(doomed[at : at + 500])))
+                for first in range(0, len(doomed), 500):  # databases bound the number of parameters
+                    await c.execute(delete(table).where(table.c.id.in_(doomed[first : first + 500])))
                 removed += len(doomed)
         return removed
+
+    # --- aggregates ---
+
+    async def put_aggregates(
+        self, wholes: Sequence[Whole], rollups: Sequence[Rollup], *, gone: Collection[str]
+    ) -> None:
+        async with self._begin() as c:
+            for probe in gone:
+                await c.execute(delete(_rollups).where(_rollups.c.probe == probe))
+                await c.execute(delete(_aggregates).where(_aggregates.c.probe == probe))
+            for r in rollups:
+                row = {"probe": r.probe, "start_ns": r.start_ns, "size_bytes": len(r.data), "data": r.data}
+                if not await _changed(c, update(_rollups).where(_rollups.c.id == r.id).values(**row)):
+                    await c.execute(insert(_rollups).values(id=r.id, **row))
+            for w in wholes:
+                body = msgspec.json.encode(
+                    {"next": w.next, "lost": w.lost, "since_ns": w.since_ns, "until_ns": w.until_ns}
+                ).decode()
+                change = update(_aggregates).where(_aggregates.c.probe == w.probe).values(body=body, data=w.data)
+                if not await _changed(c, change):
+                    await c.execute(insert(_aggregates).values(probe=w.probe, body=body, data=w.data))
+
+    async def wholes(self) -> list[Whole]:
+        async with self._begin() as c:
+            rows = (await c.execute(select(_aggregates))).all()
+        return [Whole(probe=r.probe, data=r.data, **msgspec.json.decode(r.body)) for r in rows]
+
+    async def rollups(self, probe: str, since_ns: int, until_ns: int) -> list[Rollup]:
+        at = _rollups.c.start_ns
+        query = select(_rollups).where(_rollups.c.probe == probe, at >= since_ns, at < until_ns).order_by(at)
+        async with self._begin() as c:
+            rows = (await c.execute(query)).all()
+        return [Rollup(r.id, r.probe, r.start_ns, r.data) for r in rows]
+
+    async def trim_rollups(self, *, max_bytes: int, before_ns: int) -> int:
+        return await self._trim(_rollups, _rollups.c.start_ns, max_bytes, before_ns)
 
 
 async def _changed(connection: AsyncConnection, statement: Update) -> bool:

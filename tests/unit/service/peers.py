@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -12,13 +13,16 @@ import httpx
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
+from trapline.aggregates import Function, Table, recorder
 from trapline.model import Counters, HostFacts, HostResolution, ResolvedSite, Target, TargetState
+from trapline.protocol import aggregates as wire
 from trapline.protocol import messages as m
 from trapline.protocol import stream as st
 from trapline.protocol.hits import Header, HitBatch, row_dtype, schema
 
 WAIT_S = 10.0
 T0 = 1_000_000_000
+NOW = time.time_ns()
 OFFSET = 1_700_000_000_000_000_000
 """CLOCK_REALTIME - CLOCK_MONOTONIC of the hosts in these tests."""
 
@@ -56,6 +60,34 @@ def batch(
         drops=drops or {},
     )
     return HitBatch(header, {name: rows[name] for name in rows.dtype.names or ()}).encode()
+
+
+def frame(
+    probe: str,
+    values: dict[str, list[int]],
+    *,
+    function: Function = "sum",
+    seq: int = 0,
+    host: str = "hst_a",
+    source: str = "src_1",
+    end_ns: int = NOW,
+    drops: dict[str, int] | None = None,
+    parameters: tuple[int, ...] = (),
+    keyed: bool = True,
+) -> bytes:
+    """Returns an aggregate frame: of each key the values of its hits."""
+    table = Table(100)
+    record = recorder(function, parameters)
+    for text, row in values.items():
+        for value in row:
+            cell = table.cell(((text.encode(), 0),) if keyed else ())
+            cell.count += 1
+            record(cell, (value, 0))
+    ((_, encoded),) = wire.split(
+        table.cells.items(), None, host=host, probe=probe, source=source, seq=seq, begin_ns=end_ns - 1000, end_ns=end_ns,
+        drops=drops,
+    )  # fmt: skip
+    return encoded
 
 
 def target(pid: int = 7, *, state: TargetState = TargetState.ARMED, reason: str = "", message: str = "") -> Target:

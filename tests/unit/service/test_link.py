@@ -11,10 +11,11 @@ from hypothesis import strategies as some
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from tests.unit.service.peers import World, batch, target
-from trapline.model import HostFacts, Process
+from tests.unit.service.peers import World, batch, frame, target
+from trapline.model import Aggregate, HostFacts, Process
 from trapline.protocol import messages as m
 from trapline.protocol.stream import Status
+from trapline_service.aggregates import Aggregates
 from trapline_service.config import Settings
 from trapline_service.fleet import Fleet
 from trapline_service.hub import Hub
@@ -204,7 +205,9 @@ def _link() -> tuple[AgentLink, Ledger]:
     store = _NoStore()
     fleet = Fleet(store, hub, heartbeat_s=10, request_timeout_s=1)  # type: ignore[arg-type]
     probes = Probes(store, fleet, hub, ledger, retention_s=1)  # type: ignore[arg-type]
-    return AgentLink(Links(fleet, probes, ledger, hub)), ledger
+    aggregate = Aggregate(text="count()", function="count")
+    aggregates = Aggregates(store, hub, lambda probe: aggregate, max_keys=9, retention_bytes=1, retention_s=1)  # type: ignore[arg-type]
+    return AgentLink(Links(fleet, probes, ledger, hub, aggregates)), ledger
 
 
 class _NoStore:
@@ -223,7 +226,9 @@ GOOD = [HELLO, m.encode(m.Heartbeat()), m.encode(m.Observed(probe="prb_k", gener
         some.text(max_size=300),
         # A sound frame with a few bytes changed.
         some.tuples(
-            some.sampled_from([batch("prb_k"), batch("prb_k", drops={"tracer-ring": 3})]),
+            some.sampled_from(
+                [batch("prb_k"), batch("prb_k", drops={"tracer-ring": 3}), frame("prb_k", {"key": [5, 1 << 70]})]
+            ),
             some.lists(some.tuples(some.integers(0, 700), some.integers(0, 255)), min_size=1, max_size=4),
         ).map(lambda pair: _with_bytes(*pair)),
         some.tuples(some.sampled_from(GOOD), some.integers(0, 80), some.text(max_size=4)).map(

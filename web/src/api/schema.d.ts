@@ -241,6 +241,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/probes/{probe}/aggregates": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What a probe's aggregate says so far, or of a time */
+        get: operations["getProbeAggregate"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/healthz": {
         parameters: {
             query?: never;
@@ -357,6 +374,190 @@ export interface components {
             type: "ack";
             /** Link Seq */
             link_seq: number;
+        };
+        /**
+         * Aggregate
+         * @description What a probe does with its hits in the place of sending them: ``hist(arg0) by (comm)``.
+         */
+        Aggregate: {
+            /**
+             * Text
+             * @description The clause as canonical text.
+             */
+            text: string;
+            /**
+             * Function
+             * @enum {string}
+             */
+            function: "count" | "sum" | "min" | "max" | "avg" | "hist" | "lhist" | "quantiles" | "topk" | "distinct";
+            /**
+             * Value
+             * @description The expression that it is of; empty for ``count``.
+             * @default
+             */
+            value: string;
+            /**
+             * Parameters
+             * @description Of ``lhist``: from, to, step; of ``topk``: how many.
+             */
+            parameters: number[];
+            /**
+             * By
+             * @description The expressions that its rows are kept apart by.
+             */
+            by: string[];
+        };
+        /**
+         * AggregateBucket
+         * @description A bucket of a histogram: values from ``low`` up to and without ``high``; null where there is no bound.
+         */
+        AggregateBucket: {
+            /** Low */
+            low: number | string | null;
+            /** High */
+            high: number | string | null;
+            /** Count */
+            count: number;
+        };
+        /**
+         * AggregateItem
+         * @description One of the most frequent values.
+         */
+        AggregateItem: {
+            /** Value */
+            value: number | string | null;
+            /**
+             * Status
+             * @description ``truncated`` where it was longer; else empty.
+             * @default
+             */
+            status: string;
+            /**
+             * Count
+             * @description It occurred so often, or up to ``AggregateRow.error`` more.
+             */
+            count: number;
+        };
+        /**
+         * AggregatePoint
+         * @description What an aggregate says of a stretch of time.
+         */
+        AggregatePoint: {
+            /**
+             * Start
+             * Format: date-time
+             */
+            start: string;
+            /**
+             * Count
+             * @description Hits in all rows, shown or not.
+             */
+            count: number;
+            /** Rows */
+            rows: components["schemas"]["AggregateRow"][];
+            other: components["schemas"]["AggregateRow"] | null;
+        };
+        /** AggregateRow */
+        AggregateRow: {
+            /**
+             * Key
+             * @description The values of the expressions after ``by``; null where ``key_status`` says why.
+             */
+            key: (number | string | null)[];
+            /**
+             * Key Status
+             * @description For each of them empty, or ``truncated``, ``null``, ``fault``, ...
+             */
+            key_status: string[];
+            /**
+             * Count
+             * @description Hits.
+             */
+            count: number;
+            /**
+             * Value
+             * @description Of count, sum, min, max, avg and distinct: the figure; null where no hit had a value.
+             */
+            value: number | string | null;
+            /**
+             * Buckets
+             * @description Of a histogram, without gaps.
+             */
+            buckets: components["schemas"]["AggregateBucket"][];
+            /**
+             * Quantiles
+             * @description Value by share: ``0`` the least, ``0.5`` the median, ``1`` the largest; within 1 %.
+             */
+            quantiles: {
+                [key: string]: number;
+            };
+            /**
+             * Items
+             * @description Of topk, most frequent first.
+             */
+            items: components["schemas"]["AggregateItem"][];
+            /**
+             * Error
+             * @description Of topk: no value occurred so much more often than its item says, or unseen.
+             * @default 0
+             */
+            error: number;
+            /**
+             * Bad
+             * @description Hits whose value could not be had, by status: counted, and in no other figure.
+             */
+            bad: {
+                [key: string]: number;
+            };
+        };
+        /**
+         * AggregateTable
+         * @description What a probe's aggregate says.
+         */
+        AggregateTable: {
+            /**
+             * Probe
+             * @default
+             */
+            probe: string;
+            aggregate: components["schemas"]["Aggregate"];
+            /**
+             * Count
+             * @description Hits in all rows, shown or not.
+             * @default 0
+             */
+            count: number;
+            /**
+             * Keys
+             * @description Rows that there are.
+             * @default 0
+             */
+            keys: number;
+            /**
+             * Rows
+             * @description Most hits first.
+             */
+            rows: components["schemas"]["AggregateRow"][];
+            /** @description All keys that came when the table was full, in one row; null where there were none. */
+            other: components["schemas"]["AggregateRow"] | null;
+            /**
+             * Lost
+             * @description Hits that were counted on their host and are not in here; the probe's ``dropped_by_reason`` says where they went.
+             * @default 0
+             */
+            lost: number;
+            /**
+             * Since
+             * @description When the first of its hits may have been, at the earliest; null where there are none.
+             */
+            since: string | null;
+            /** Until */
+            until: string | null;
+            /**
+             * Series
+             * @description Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out.
+             */
+            series: components["schemas"]["AggregatePoint"][];
         };
         /** Bye */
         Bye: {
@@ -1191,11 +1392,7 @@ export interface components {
             condition: string;
             /** Captures */
             captures: components["schemas"]["Capture"][];
-            /**
-             * Aggregate
-             * @default
-             */
-            aggregate: string;
+            aggregate: components["schemas"]["Aggregate"] | null;
         };
         /** ProbeStatus */
         ProbeStatus: {
@@ -1466,7 +1663,8 @@ export interface components {
         };
         /**
          * Status
-         * @description A probe or host as it is now; topics ``probes`` and ``hosts``. All are sent once after ``subscribed``.
+         * @description A probe, host or aggregate as it is now; topics ``probes``, ``hosts`` and ``aggregates``. All are sent once after
+         *     ``subscribed``, and whole each time: who is slow gets the latest. Of an aggregate the 100 rows with the most hits.
          */
         Status: {
             /**
@@ -1478,6 +1676,7 @@ export interface components {
             id: string;
             probe: components["schemas"]["Probe"] | null;
             host: components["schemas"]["Host"] | null;
+            aggregate: components["schemas"]["AggregateTable"] | null;
             /**
              * Removed
              * @description The id of what is gone.
@@ -1537,7 +1736,7 @@ export interface components {
              * Topic
              * @enum {string}
              */
-            topic: "hits" | "probes" | "hosts";
+            topic: "hits" | "probes" | "hosts" | "aggregates";
             filter?: components["schemas"]["StreamFilter"];
             /**
              * On Slow
@@ -2675,6 +2874,73 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["HitPage"];
+                };
+            };
+            /** @description Unauthorized */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Not Found */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Unprocessable Entity */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Service Unavailable */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    getProbeAggregate: {
+        parameters: {
+            query?: {
+                /** @description How many rows, those with the most hits. */
+                top?: number;
+                /** @description Only hits from then on (RFC 3339), to ten seconds; without `until` up to now. */
+                since?: string | null;
+                /** @description Only hits before then, to ten seconds. */
+                until?: string | null;
+                /** @description With `since`: a series too, in steps of so many seconds, a multiple of ten. */
+                step?: number | null;
+            };
+            header?: never;
+            path: {
+                probe: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AggregateTable"];
                 };
             };
             /** @description Unauthorized */

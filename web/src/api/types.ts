@@ -16,6 +16,7 @@ export type Resolution = Answer<Schemas["Resolution"]>;
 export type HostResolution = Answer<Schemas["HostResolution"]>;
 export type ResolvedSite = Answer<Schemas["ResolvedSite"]>;
 export type SymbolPage = Answer<Schemas["SymbolPage"]>;
+export type AggregateTable = Answer<Schemas["AggregateTable"]>;
 export type SymbolInfo = Answer<Schemas["Symbol"]>;
 
 /** What every error of the API says (RFC 9457), and what `TraplineError.to_wire` gives inside of answers. */

@@ -9,7 +9,7 @@ import { parseServerMessage, type ClientMessage, type StreamMessage, type Topic 
 import type { Problem } from "../api/types";
 
 export const SUBPROTOCOL = "trapline.v1.binary";
-const TOPICS: readonly Topic[] = ["hosts", "probes", "hits"];
+const TOPICS: readonly Topic[] = ["hosts", "probes", "hits", "aggregates"];
 const BACKOFF_MS = { first: 500, factor: 1.8, most: 15_000 };
 
 export type LinkState =

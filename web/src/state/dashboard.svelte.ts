@@ -6,7 +6,7 @@
 
 import { SvelteMap } from "svelte/reactivity";
 import { Api, type Identity } from "../api/client";
-import type { Host, Probe, ProbeCreate, Problem } from "../api/types";
+import type { AggregateTable, Host, Probe, ProbeCreate, Problem } from "../api/types";
 import type { HitBatch } from "../live/codec";
 import type { StreamMessage, Topic } from "../live/messages";
 import { RateMeter, latestRate } from "../live/rates";
@@ -20,6 +20,8 @@ const FRAME_MS = 33;
 export class Dashboard implements StreamEvents {
   readonly hosts = new SvelteMap<string, Host>();
   readonly probes = new SvelteMap<string, Probe>();
+  /** What probes with an aggregate come to, by probe. */
+  readonly aggregates = new SvelteMap<string, AggregateTable>();
   readonly tail = new LiveTail();
   readonly colours = new ColourBook();
   link = $state.raw<LinkState>({ kind: "connecting", attempt: 0 });
@@ -77,6 +79,12 @@ export class Dashboard implements StreamEvents {
 
   // --- what people see of it ---------------------------------------------------------------------------------------
 
+  /** The probe that is looked at, where it has an aggregate. */
+  get shownAggregate(): Probe | null {
+    const probe = this.shownProbe === null ? undefined : this.probes.get(this.shownProbe);
+    return probe?.spec.aggregate ? probe : null;
+  }
+
   get hostList(): Host[] {
     return [...this.hosts.values()].sort((a, b) => Number(b.online) - Number(a.online) || a.facts.name.localeCompare(b.facts.name));
   }
@@ -105,6 +113,8 @@ export class Dashboard implements StreamEvents {
     if (!result.ok) return result.problem;
     // The stream may have told of it already, and later than this answer.
     if (!this.probes.has(result.value.id)) this.putProbe(result.value);
+    // It sends no hits: what there is to see of it is what they add up to.
+    if (result.value.spec.aggregate) this.showProbe(result.value.id);
     return result.value;
   }
 
@@ -147,7 +157,7 @@ export class Dashboard implements StreamEvents {
   }
 
   subscribed(topic: Topic): void {
-    if (topic === "hits") return;
+    if (topic === "hits" || topic === "aggregates") return;
     this.heard[topic].clear();
     void this.reconcile(topic);
   }
@@ -167,6 +177,7 @@ export class Dashboard implements StreamEvents {
         this.heard.hosts.add(message.host.id);
         this.hosts.set(message.host.id, message.host);
       }
+      if (message.aggregate) this.putAggregate(message.aggregate);
       if (message.removed) {
         this.heard.probes.add(message.removed);
         this.forgetProbe(message.removed);
@@ -188,8 +199,16 @@ export class Dashboard implements StreamEvents {
     this.probes.set(probe.id, probe);
   }
 
+  private putAggregate(table: AggregateTable): void {
+    const before = this.aggregates.get(table.probe);
+    // What was there when this page came is not of this second.
+    if (before && table.count > before.count) this.meter.add(table.probe, table.count - before.count);
+    this.aggregates.set(table.probe, table);
+  }
+
   private forgetProbe(id: string): void {
     this.probes.delete(id);
+    this.aggregates.delete(id);
     if (this.shownProbe === id) this.showProbe(null);
   }
 
