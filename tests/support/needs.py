@@ -18,6 +18,7 @@ import functools
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,26 @@ def rustc() -> str:
 @_need("dwz", "apt-get install dwz")
 def dwz() -> str:
     return _runs("dwz", "--version")
+
+
+@_need("libc6-dbg", "apt-get install libc6-dbg")
+def libc6_dbg() -> str:
+    return _debug_file("/lib/x86_64-linux-gnu/libc.so.6")
+
+
+@_need("python3-dbg", "apt-get install python3-dbg")
+def python3_dbg() -> str:
+    return _debug_file(SYSTEM_PYTHON)
+
+
+def _debug_file(path: str) -> str:
+    """Whether Debian's debug file is there for a program."""
+    if not os.path.exists(path):
+        return f"there is no {path}"
+    notes = subprocess.run(["readelf", "-n", path], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Build ID: (\w\w)(\w+)", notes)
+    debug = f"/usr/lib/debug/.build-id/{found[1]}/{found[2]}.debug" if found else ""
+    return "" if debug and os.path.exists(debug) else f"no {debug or 'build-id'} for {path}"
 
 
 @_need("libdw", "apt-get install libdw1")

@@ -686,7 +686,7 @@ class _Frame:
         try:
             steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
         except NoDebugInfo as e:
-            return Location("unsupported", reason=f"a malformed location: {e.detail}")
+            return Location("unsupported", reason=f"a location that libdw does not read: {e.detail}")
         if steps is None:
             return expressions.OPTIMISED_OUT
         outer, self._attribute = self._attribute, attribute

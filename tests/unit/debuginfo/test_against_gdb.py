@@ -196,10 +196,14 @@ def test_types_of_c_are_gdbs(level: str, programs: Any) -> None:
 
 
 def without_base_names(t: Any) -> Any:
-    """gdb has names of its own for C++'s integers."""
+    """gdb has names of its own for integers, and for pointers to them."""
     if not isinstance(t, list):
         return t
-    return ["base", t[2]] if t[:1] == ["base"] else [without_base_names(part) for part in t]
+    if t[:1] == ["base"]:
+        return ["base", t[2]]
+    if t[:1] == ["pointer"] and not set(t[2].split()) - {"short", "long", "unsigned", "signed", "int", "char"}:
+        return t[:2]
+    return [without_base_names(part) for part in t]
 
 
 @needs.gxx
