@@ -106,6 +106,11 @@ def rustc() -> str:
     return _runs("rustc", "--version")
 
 
+@_need("rustc-dwarf5", "install a rustc of release 1.88 or later")
+def rustc_dwarf5() -> str:
+    return _runs("rustc", "-Cdwarf-version=5", "--print", "sysroot")
+
+
 @_need("dwz", "apt-get install dwz")
 def dwz() -> str:
     return _runs("dwz", "--version")

@@ -340,6 +340,30 @@ def test_rusts_enums(level: str, programs: Any) -> None:
     assert scope.function.language == "rust"
 
 
+@needs.rustc_dwarf5
+@needs.gdb
+def test_strings_and_addresses_by_index(files: DebugFiles, tmp_path: Path) -> None:
+    """DWARF 5 as LLVM writes it (DW_FORM_strx, DW_OP_addrx, DW_LLE_startx_length)."""
+    path = build(tmp_path, "rust", "O2", "-Cdwarf-version=5")
+    info = files.need(on_disk(str(path)))
+    found = info.variable("shapes::COUNTER")
+    assert found is not None
+    address = ask_gdb(path, globals=["shapes::COUNTER"])["globals"]["shapes::COUNTER"]
+    assert found.location.ops == (("load", address),)
+    places = info.line("shapes.rs", line_of("rust", "method"))
+    rows = ask_gdb(path, places=[place_for_gdb(info, elf_of(path), p.offset) for p in places])["values"]
+    compared = [n for row in rows for n, (kind, data) in row["gdb"].items() if row["ours"][n] == [kind, data]]
+    assert {"self", "scale"} <= set(compared)
+
+
+@needs.rustc
+def test_generic_functions_by_their_plain_name(programs: Any) -> None:
+    program: Program = programs("rust", "O2")
+    copies = program.info.inlined("black_box")
+    assert copies
+    assert all(p.function.startswith("core::hint::black_box<") for p in copies)
+
+
 @needs.go
 def test_gos_parameters_and_results(programs: Any) -> None:
     program: Program = programs("go", "O2")
