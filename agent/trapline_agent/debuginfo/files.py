@@ -119,6 +119,8 @@ class FileDebugInfo:
         self._reader = RemoteReader(self.where, program, found.debug, found.alternate)
         self._index = _index_path(indexes, elf.build_id(), program if found.debug is None else found.debug)
         self._answers: OrderedDict[m.Request, Any] = OrderedDict()
+        self._unusable: NoDebugInfo | None = None
+        """What the reader said when it opened the file: it says so again."""
         self._lock = threading.Lock()
 
     # --- DebugInfo
@@ -186,7 +188,13 @@ class FileDebugInfo:
 
     def _start(self) -> None:
         kept = _read(self._index)
-        made = self._reader.start(m.Open(self._segments, kept), self._owner.deadline_s)
+        if self._unusable is not None:
+            raise self._unusable
+        try:
+            made = self._reader.start(m.Open(self._segments, kept), self._owner.deadline_s)
+        except NoDebugInfo as e:
+            self._unusable = e
+            raise
         if made is not None and self._index is not None:
             _write(self._index, made)
         self._owner.started(self)

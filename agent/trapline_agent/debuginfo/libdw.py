@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_void_p
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from trapline.errors import NoDebugInfo, Unsupported
 
@@ -258,9 +258,10 @@ class Attribute:
         ops, count = POINTER(Operation)(), c_size_t()
         found = _f.dwarf_getlocation_addr(byref(self._as_expression()), pc, byref(ops), byref(count), 1)
         if found < 0:
+            why = error()
             if self.block() == b"":  # Go says so of what is nowhere
                 return None
-            raise NoDebugInfo(error())
+            raise NoDebugInfo(why)
         return [ops[i] for i in range(min(count.value, 4096))] if found else None
 
     def operand(self, op: Operation) -> Attribute | None:
@@ -275,6 +276,14 @@ class Attribute:
         if _f.dwarf_getlocation_implicit_value(byref(self._c), byref(op), byref(block)) != 0 or not block.data:
             return b""
         return ctypes.string_at(block.data, min(block.length, 1 << 16))
+
+
+class _Row(NamedTuple):
+    address: int
+    line: int
+    file: int
+    statement: bool
+    end: bool
 
 
 class Lines:
@@ -317,34 +326,34 @@ class Lines:
         low, high = 0, self._count
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._row(middle)[0] <= pc else (low, middle)
+            low, high = (middle + 1, high) if self._row(middle).address <= pc else (low, middle)
         i = low - 1
         while i >= 0:
-            address, line, statement, end = self._row(i)
-            if end:
+            row = self._row(i)
+            if row.end:
                 return None
             first = i
-            while not statement and first and self._row(first - 1)[0] == address and not self._row(first - 1)[3]:
+            while not row.statement and first and (before := self._row(first - 1)).address == row.address:
                 first -= 1
-                if self._row(first)[2]:
-                    i, line = first, self._row(first)[1]
+                if before.end:
                     break
-            if line:
-                file = c_size_t()
-                _f.dwarf_line_file(_f.dwarf_onesrcline(self._table, i), byref(c_void_p()), byref(file))
-                return file.value, line
+                if before.statement:
+                    i, row = first, before
+            if row.line:
+                return row.file, row.line
             i -= 1
         return None
 
-    def _row(self, i: int) -> tuple[int, int, bool, bool]:
-        """Returns address, line, whether a statement begins, whether it is the end of a sequence."""
+    def _row(self, i: int) -> _Row:
         row = _f.dwarf_onesrcline(self._table, i)
-        address, number, statement, end = c_uint64(), c_int(), c_bool(), c_bool()
+        address, number, file = c_uint64(), c_int(), c_size_t()
+        statement, end = c_bool(), c_bool()
         _f.dwarf_lineaddr(row, byref(address))
         _f.dwarf_lineno(row, byref(number))
+        _f.dwarf_line_file(row, byref(c_void_p()), byref(file))
         _f.dwarf_linebeginstatement(row, byref(statement))
         _f.dwarf_lineendsequence(row, byref(end))
-        return address.value, number.value, statement.value, end.value
+        return _Row(address.value, number.value, file.value, statement.value, end.value)
 
     def _stands(self, i: int, pc: int, own: int) -> bool:
         """False: the row stands for no byte, since another file's, or the end, comes at the same address. That is what

@@ -68,7 +68,11 @@ class RemoteReader:
                         reason="DebugInfoUnreadable",
                     ) from e
             self._stream = ours
-            return self._ask(request, bytes | None, deadline_s)  # type: ignore[arg-type]
+            try:
+                return self._ask(request, bytes | None, deadline_s)  # type: ignore[arg-type]
+            except TraplineError:
+                self._end()
+                raise
 
     @property
     def running(self) -> bool:
