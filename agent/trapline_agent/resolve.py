@@ -756,7 +756,7 @@ def _require_boundary(
     """
     if place.symbol is not None and not place.symbol_offset:
         return
-    if place.offset == index.entry or any(start == place.offset for start, _ in index.code_sections):
+    if place.offset == index.entry:
         return
     symbol = place.symbol or _inside(index, place.offset)
     starts = [symbol.offset] if symbol is not None else []

@@ -109,7 +109,6 @@ class SymbolIndex:
                 build_id=elf.build_id(),
                 soname=elf.soname(),
                 segments=elf.segments,
-                code_sections=elf.code_sections(),
                 entry=elf.file_offset(elf.entry),
                 relocated=elf.text_relocations(),
                 stripped=stripped,
@@ -134,7 +133,6 @@ class SymbolIndex:
         self.build_id = stored.build_id
         self.soname = stored.soname
         self.segments: Sequence[Segment] = stored.segments
-        self.code_sections = stored.code_sections
         self.entry = stored.entry
         self.stripped = stored.stripped
         """The file itself has no .symtab."""
