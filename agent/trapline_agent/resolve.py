@@ -48,7 +48,7 @@ from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.demangle import demangle, demangled
 from trapline_agent.symbols.elf import ElfFile
-from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, compiled, near_names
+from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, near_names, regular_expression
 from trapline_agent.symbols.ranges import Range
 from trapline_agent.symbols.usdt import Argument, UsdtProbe, parse_arguments
 from trapline_agent.symbols.usdt import probes as usdt_probes
@@ -187,7 +187,7 @@ class Resolver:
     def resolve_dry(self, spec: ProbeSpec) -> HostResolution:
         """Returns what a probe would do now; what is wrong is in ``error``."""
         try:
-            plan = self._plan(spec)
+            plan = self._plan(spec, dry=True)
         except TraplineError as e:
             return HostResolution(host=self._host_id, error=e.to_wire())
         answer = HostResolution(
@@ -197,7 +197,8 @@ class Resolver:
             answer.error = _first_refusal(plan).to_wire()
         return answer
 
-    def _plan(self, spec: ProbeSpec) -> Plan:
+    def _plan(self, spec: ProbeSpec, dry: bool = False) -> Plan:
+        """Returns what a probe means now; ``dry``: with remarks that take a look into the debug information."""
         require_supported(spec)
         self._require_answerable(spec)
         plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
@@ -219,7 +220,7 @@ class Resolver:
                 plan.notes.append(f"{len(files) - i} of {len(files)} files were not looked at yet")
                 break
             try:
-                self._add_file(plan, spec, file)
+                self._add_file(plan, spec, file, dry)
             except TraplineError as e:
                 errors.append(e)
         if not plan.resolved:
@@ -263,7 +264,7 @@ class Resolver:
         point = spec.point
         if point.kind is PointKind.REGEX:
             try:
-                compiled(point.value)
+                regular_expression(point.value)
             except SpecError as e:
                 e.text, e.position = spec.text, max(0, spec.text.find(f"/{point.value}"))
                 raise
@@ -311,11 +312,11 @@ class Resolver:
             quoted = f'"{name}"' if spec.point.kind is PointKind.TEXT else name
             error.suggestions = [f"{n}:{quoted}" for n in names[:5]]
 
-    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
+    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile, dry: bool) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
             module = _shown(spec, file)
-            for place in self._places(plan, spec, file, fd, index, module):
+            for place in self._places(plan, spec, file, fd, index, module, dry):
                 if len(plan.resolved) >= MAX_SITES:
                     note = f"more than {MAX_SITES} places match; the rest is left out"
                     if note not in plan.notes:
@@ -324,7 +325,7 @@ class Resolver:
                 self._add_place(plan, file, fd, index, place, module)
 
     def _places(
-        self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str, dry: bool
     ) -> Iterator[_Place]:
         """Yields the places that a probe means in a file. Raises NotFound where it has none."""
         if spec.kind is ProbeKind.USDT:
@@ -334,7 +335,8 @@ class Resolver:
         places = self._line_places(plan, spec, file, index, module) if by_line else _symbol_places(spec, index, module)
         try:
             for place in places:
-                self._note_inlined(plan, spec, file, place)
+                if dry:
+                    self._note_inlined(plan, spec, file, place)
                 if spec.kind is ProbeKind.RETURN:
                     place = _entry(fd, index, place, module, functools.partial(self._range, file, fd, index))
                 yield place
@@ -374,7 +376,7 @@ class Resolver:
     def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
         """Says how many inlined copies of a function a probe does not cover."""
         symbol = place.symbol
-        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or symbol is None or place.symbol_offset:
+        if not _names_one(spec) or symbol is None or place.symbol_offset:
             return
         (name,) = demangle([symbol.name], parameters=False)
         copies = self._inlined(file, name)
@@ -387,7 +389,7 @@ class Resolver:
     def _inlined_only(self, spec: ProbeSpec, file: FoundFile, error: NotFound) -> NotFound:
         """Returns the error for a symbol that is not there: another one where the compiler put it into its callers."""
         name = spec.point.value
-        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or error.reason == "Imported":
+        if not _names_one(spec) or error.reason == "Imported":
             return error
         copies = self._inlined(file, name.partition("(")[0])
         if not copies:
@@ -591,6 +593,11 @@ class Resolver:
                 except TraplineError:
                     continue  # later mappings are found by the other hooks
         return loaders.plans + [msgspec.structs.replace(p, unwinds=True) for p in unwinders.plans]
+
+
+def _names_one(spec: ProbeSpec) -> bool:
+    """Whether a probe names a function of a file: then it is worth a look into the debug information."""
+    return spec.object != "*" and spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT)
 
 
 def _count(copies: list[LinePlace]) -> str:
