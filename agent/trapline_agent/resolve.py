@@ -7,7 +7,6 @@ worker thread. Several may run at once.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,7 +19,6 @@ from trapline.errors import (
     NoDebugInfo,
     NotFound,
     PermissionDenied,
-    ResolveError,
     SpecError,
     TraplineError,
     Unsupported,
@@ -38,7 +36,6 @@ from trapline.model import (
     TargetState,
 )
 from trapline.spec import place_of, require_supported
-from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.capture.compiler import Site
 from trapline_agent.capture.program import (
@@ -50,17 +47,26 @@ from trapline_agent.capture.program import (
     needs_scope,
     require_numbers,
 )
-from trapline_agent.debuginfo.model import DebugInfo, LinePlace, Location, Type
+from trapline_agent.debuginfo.model import DebugInfo, LinePlace
 from trapline_agent.objects import Finder, FoundFile, scan
 from trapline_agent.patterns import compile_pattern
 from trapline_agent.plans import DEFAULT_MAX_KEYS, AggregatePlan, FetchPlan, FileKey, Program, SitePlan
-from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
+from trapline_agent.points import (
+    CODE_BYTES,
+    Place,
+    entry,
+    inside,
+    not_executable,
+    read,
+    require_boundary,
+    symbol_places,
+    usdt_arguments,
+    usdt_places,
+)
 from trapline_agent.symbols.demangle import demangle, demangled
 from trapline_agent.symbols.elf import ElfFile
-from trapline_agent.symbols.index import IndexCache, Match, SymbolAt, SymbolIndex, near_names
+from trapline_agent.symbols.index import IndexCache, Match, SymbolIndex
 from trapline_agent.symbols.ranges import Range
-from trapline_agent.symbols.usdt import UsdtProbe, parse_arguments
-from trapline_agent.symbols.usdt import probes as usdt_probes
 from trapline_agent.targets.process import (
     ProcessFacts,
     facts,
@@ -75,7 +81,6 @@ from trapline_agent.targets.selector import Selector, with_numbers
 
 MAX_SITES = 1000
 MAX_TARGETS = 1000
-_CODE_BYTES = 15
 _MAX_ALIASES = 20
 _MAX_EXPORTERS = 200
 """Files that are asked for a symbol which another one imports."""
@@ -109,34 +114,6 @@ class Plan:
     """What was left out, in sentences."""
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One instruction that is asked for: an offset, and the symbol it is told by."""
-
-    offset: int
-    symbol: SymbolAt | None = None
-    error: TraplineError | None = None
-    go: bool = False
-    """It is behind the stack check of a Go function."""
-    shown: str = ""
-    """What it is called where that is not a symbol or an offset."""
-    file: str = ""
-    line: int = 0
-    usdt: UsdtProbe | None = None
-
-    @property
-    def symbol_offset(self) -> int:
-        return self.offset - self.symbol.offset if self.symbol else 0
-
-    @property
-    def label(self) -> str:
-        if self.shown:
-            return self.shown
-        if self.symbol is None:
-            return f"0x{self.offset:x}"
-        return f"{self.symbol.name}+0x{self.symbol_offset:x}" if self.symbol_offset else self.symbol.name
 
 
 class Resolver:
@@ -196,7 +173,7 @@ class Resolver:
     def resolve_dry(self, spec: ProbeSpec) -> HostResolution:
         """Returns what a probe would do now; what is wrong is in ``error``."""
         try:
-            plan = self._plan(spec)
+            plan = self._plan(spec, dry=True)
         except TraplineError as e:
             return HostResolution(host=self._host_id, error=e.to_wire())
         answer = HostResolution(
@@ -206,7 +183,8 @@ class Resolver:
             answer.error = _first_refusal(plan).to_wire()
         return answer
 
-    def _plan(self, spec: ProbeSpec) -> Plan:
+    def _plan(self, spec: ProbeSpec, dry: bool = False) -> Plan:
+        """Returns what a probe means now; ``dry``: with remarks that take a look into the debug information."""
         require_supported(spec)
         self._require_answerable(spec)
         plan = Plan(where=with_numbers(spec.where, self._host_name))
@@ -230,7 +208,7 @@ class Resolver:
                 plan.notes.append(f"{len(files) - i} of {len(files)} files were not looked at yet")
                 break
             try:
-                self._add_file(plan, spec, file)
+                self._add_file(plan, spec, file, dry)
             except TraplineError as e:
                 errors.append(e)
         if not plan.resolved:
@@ -305,11 +283,11 @@ class Resolver:
             quoted = f'"{name}"' if spec.point.kind is PointKind.TEXT else name
             error.suggestions = [f"{n}:{quoted}" for n in names[:5]]
 
-    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
+    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile, dry: bool) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
             module = _shown(spec, file)
-            for place in self._places(plan, spec, file, fd, index, module):
+            for place in self._places(plan, spec, file, fd, index, module, dry):
                 if len(plan.resolved) >= MAX_SITES:
                     note = f"more than {MAX_SITES} places match; the rest is left out"
                     if note not in plan.notes:
@@ -318,26 +296,27 @@ class Resolver:
                 self._add_place(plan, file, fd, index, place, module, spec)
 
     def _places(
-        self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str
-    ) -> Iterator[_Place]:
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str, dry: bool
+    ) -> Iterator[Place]:
         """Yields the places that a probe means in a file. Raises NotFound where it has none."""
         if spec.kind is ProbeKind.USDT:
-            yield from _usdt_places(spec, ElfFile(fd, index.path), index, module)
+            yield from usdt_places(spec, ElfFile(fd, index.path), index, module)
             return
         by_line = spec.point.kind is PointKind.LINE
-        places = self._line_places(plan, spec, file, index, module) if by_line else _symbol_places(spec, index, module)
+        places = self._line_places(plan, spec, file, index, module) if by_line else symbol_places(spec, index, module)
         try:
             for place in places:
-                self._note_inlined(plan, spec, file, place)
+                if dry:
+                    self._note_inlined(plan, spec, file, place)
                 if spec.kind is ProbeKind.RETURN:
-                    place = _entry(fd, index, place, module, functools.partial(self._range, file, fd, index))
+                    place = entry(fd, index, place, module, functools.partial(self._range, file, fd, index))
                 yield place
         except NotFound as e:
             raise self._inlined_only(spec, file, e) from None
 
     def _line_places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, module: str
-    ) -> list[_Place]:
+    ) -> list[Place]:
         info = self._debug(file)
         if info is None:
             raise NoDebugInfo(
@@ -345,10 +324,10 @@ class Resolver:
                 hint="install its debug symbols' package, build it with -g, or use a symbol",
                 reason="NoDebugInfo",
             )
-        found: list[_Place] = []
+        found: list[Place] = []
         for at in info.line(spec.point.value, spec.point.offset):
             shown = f"{os.path.basename(at.file)}:{at.line}"
-            found.append(_Place(at.offset, _inside(index, at.offset), shown=shown, file=at.file, line=at.line))
+            found.append(Place(at.offset, inside(index, at.offset), shown=shown, file=at.file, line=at.line))
             if at.line != spec.point.offset:
                 note = f"line {spec.point.offset} has no code in {module}; line {at.line} is the next that has"
                 if note not in plan.notes:
@@ -365,10 +344,10 @@ class Resolver:
         except TraplineError:
             return []
 
-    def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: _Place) -> None:
+    def _note_inlined(self, plan: Plan, spec: ProbeSpec, file: FoundFile, place: Place) -> None:
         """Says how many inlined copies of a function a probe does not cover."""
         symbol = place.symbol
-        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or symbol is None or place.symbol_offset:
+        if not _names_one(spec) or symbol is None or place.symbol_offset:
             return
         (name,) = demangle([symbol.name], parameters=False)
         copies = self._inlined(file, name)
@@ -381,7 +360,7 @@ class Resolver:
     def _inlined_only(self, spec: ProbeSpec, file: FoundFile, error: NotFound) -> NotFound:
         """Returns the error for a symbol that is not there: another one where the compiler put it into its callers."""
         name = spec.point.value
-        if spec.point.kind not in (PointKind.SYMBOL, PointKind.TEXT) or error.reason == "Imported":
+        if not _names_one(spec) or error.reason == "Imported":
             return error
         copies = self._inlined(file, name.partition("(")[0])
         if not copies:
@@ -404,7 +383,7 @@ class Resolver:
         file: FoundFile,
         fd: int,
         index: SymbolIndex,
-        place: _Place,
+        place: Place,
         module: str,
         spec: ProbeSpec | None = None,
     ) -> None:
@@ -427,9 +406,9 @@ class Resolver:
                 raise place.error
             segment = index.segment_at(place.offset)
             if segment is None:
-                raise _not_executable(index, place.offset)
-            _require_boundary(fd, index, place, module, functools.partial(self._range, file, fd, index))
-            code = _read(fd, index, place.offset, min(_CODE_BYTES, segment.end - place.offset))
+                raise not_executable(index, place.offset)
+            require_boundary(fd, index, place, module, functools.partial(self._range, file, fd, index))
+            code = read(fd, index, place.offset, min(CODE_BYTES, segment.end - place.offset))
             step = plan_step(code, place.offset - segment.offset + segment.vaddr)
             if index.is_relocated(place.offset, step.length):
                 raise Unsupported(
@@ -464,7 +443,7 @@ class Resolver:
         )
 
     def _computed(
-        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: _Place, module: str
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: Place, module: str
     ) -> tuple[list[FetchPlan], Program | None]:
         """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
         probe's text."""
@@ -497,7 +476,7 @@ class Resolver:
                     scope=scope,
                     debug=debug,
                     constants=constants,
-                    arguments=_usdt_arguments(place.usdt) if place.usdt else None,
+                    arguments=usdt_arguments(place.usdt) if place.usdt else None,
                     redact=self._redact or (lambda names: False),
                 ),
                 aggregate=aggregate,
@@ -649,17 +628,19 @@ class Resolver:
                     with file.open() as fd:
                         index = self._finder.index(file, fd)
                         for symbol in {s.offset: s for name in symbols for s in index.find(name)}.values():
-                            self._add_place(plan, file, fd, index, _Place(symbol.offset, symbol), file.name)
+                            self._add_place(plan, file, fd, index, Place(symbol.offset, symbol), file.name)
                 except TraplineError:
                     continue  # later mappings are found by the other hooks
         return loaders.plans + [msgspec.structs.replace(p, unwinds=True) for p in unwinders.plans]
 
 
+def _names_one(spec: ProbeSpec) -> bool:
+    """Whether a probe names a function of a file: then it is worth a look into the debug information."""
+    return spec.object != "*" and spec.point.kind in (PointKind.SYMBOL, PointKind.TEXT)
+
+
 def _count(copies: list[LinePlace]) -> str:
     return f"{len(copies)} inlined {'copy' if len(copies) == 1 else 'copies'}"
-
-
-# --- places in one file -----------------------------------------------------------------------------------------------
 
 
 def _shown(spec: ProbeSpec, file: FoundFile) -> str:
@@ -667,190 +648,6 @@ def _shown(spec: ProbeSpec, file: FoundFile) -> str:
     if spec.object == "*" or spec.object.startswith("buildid="):
         return file.name
     return text(os.path.basename(spec.object)) or file.name
-
-
-def _inside(index: SymbolIndex, offset: int) -> SymbolAt | None:
-    """Returns the symbol that a place is in; None where none reaches so far."""
-    symbol = index.at(offset)
-    return symbol if symbol is not None and offset < index.end_of(symbol) else None
-
-
-def _symbol_places(spec: ProbeSpec, index: SymbolIndex, module: str) -> Iterator[_Place]:
-    """Yields the places that a probe's point means in a file. Raises NotFound where it has none."""
-    point = spec.point
-    found: Iterable[SymbolAt]
-    match point.kind:
-        case PointKind.OFFSET:
-            yield _Place(point.offset, _inside(index, point.offset))
-            return
-        case PointKind.GLOB | PointKind.REGEX:
-            matching = index.glob(point.value) if point.kind is PointKind.GLOB else index.regex(point.value)
-            first = next(matching, None)
-            if first is None:
-                shown = point.value if point.kind is PointKind.GLOB else f"/{point.value}/"
-                raise NotFound(f"no symbol in {module} matches `{shown}`")
-            found = itertools.chain((first,), matching)
-        case _:
-            # A name of the source language may look like a symbol: `f(int)`, or a C++ function outside of namespaces.
-            exact = [] if point.kind is PointKind.TEXT else index.find(point.value)
-            found = exact or index.find_text(point.value)
-            if not found:
-                raise index.not_found(point.value, module)
-    for symbol in found:
-        yield _symbol_place(index, symbol, point.offset, module)
-
-
-def _usdt_places(spec: ProbeSpec, elf: ElfFile, index: SymbolIndex, module: str) -> Iterator[_Place]:
-    """Yields the places of a USDT probe, which may be compiled into several functions. Raises NotFound."""
-    probes = usdt_probes(elf)
-    wanted = spec.point.value
-    found = [p for p in probes if p.is_meant(wanted, glob=spec.point.kind is PointKind.GLOB)]
-    if not found:
-        names = sorted({f"{p.provider}:{p.name}" for p in probes})
-        detail = f"no USDT probe `{wanted}` in {module}"
-        if not probes:
-            raise NotFound(f"{detail}: it has none at all", reason="NoUsdt")
-        near = near_names(wanted, names) or near_names(wanted, [n.partition(":")[2] for n in names])
-        raise NotFound(
-            detail, suggestions=near, hint=f"it has {', '.join(names[:8])}" if not near else "", reason="NoUsdt"
-        )
-    for probe in found:
-        error = None
-        if probe.semaphore:
-            error = Unsupported(
-                f"the USDT probe `{probe.provider}:{probe.name}` in {module} has a semaphore: the program skips it "
-                "unless a counter in its memory is raised",
-                hint="not in this release; probe the function that has it by its symbol",
-                reason="Semaphore",
-            )
-        shown = f"{probe.provider}:{probe.name}"
-        yield _Place(probe.offset, _inside(index, probe.offset), error, shown=shown, usdt=probe)
-
-
-def _usdt_arguments(probe: UsdtProbe) -> tuple[tuple[Type, Location], ...]:
-    return tuple(
-        (
-            Type("base", size=a.size, encoding="float" if a.floating else "signed" if a.signed else "unsigned"),
-            a.location,
-        )
-        for a in parse_arguments(probe.arguments)
-    )
-
-
-def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str) -> _Place:
-    error: TraplineError | None = None
-    size = index.end_of(symbol) - symbol.offset
-    if symbol.ifunc:
-        near = [s.name for s in index.glob(f"__{symbol.name}_*") if not s.ifunc and not s.name.endswith("_chk")]
-        error = Unsupported(
-            f"`{symbol.name}` in {module} is an indirect function: the code of that name only chooses the real one, once",
-            hint="probe the implementation that is used on this processor",
-            suggestions=sorted(near, key=len)[:5],
-            reason="IndirectFunction",
-        )
-    elif offset and offset >= size:
-        error = Unsupported(
-            f"`{symbol.name}+0x{offset:x}` is beyond the end of `{symbol.name}`, which is 0x{size:x} bytes long",
-            hint=f"for another place in {module} write its offset in the file: 0x{symbol.offset + offset:x}",
-            reason="BeyondFunction",
-        )
-    return _Place(symbol.offset + offset, symbol, error)
-
-
-def _entry(fd: int, index: SymbolIndex, place: _Place, module: str, ranges: Callable[[int], Range | None]) -> _Place:
-    """Returns the place where a return probe sees calls begin: a function's first instruction, where the return address is
-    the word that the stack pointer leads to. In Go that is behind the stack check, which begins the function anew."""
-    if place.error is not None:
-        return place
-    symbol = place.symbol
-    if symbol is None:
-        range_ = ranges(place.offset)
-        if range_ is not None and range_.function and range_.start == place.offset:
-            return place
-        if range_ is None:
-            return replace(place, error=_unknown(place, module))
-        start = [f"ur:{module}:0x{range_.start:x}"] if range_.function else []
-        return replace(place, error=_no_function(place, module, start))
-    if place.symbol_offset:
-        return replace(place, error=_no_function(place, module, [f"ur:{module}:{symbol.name}"]))
-    check = 0
-    if index.is_go:
-        size = min(GO_CHECK_BYTES, max(0, index.end_of(symbol) - symbol.offset))
-        check = go_body(_read(fd, index, place.offset, size))
-    return replace(place, offset=place.offset + check, go=index.is_go)
-
-
-def _read(fd: int, index: SymbolIndex, offset: int, size: int) -> bytes:
-    try:
-        return os.pread(fd, size, offset)
-    except OSError as e:
-        raise ResolveError(f"{index.path} cannot be read: {e.strerror}") from e
-
-
-def _not_executable(index: SymbolIndex, offset: int) -> Unsupported:
-    if offset >= index.size:
-        why = f"it is beyond the end of the file, which is 0x{index.size:x} bytes long"
-    else:
-        spans = ", ".join(f"0x{s.offset:x} to 0x{s.end:x}" for s in index.segments) or "nowhere"
-        why = f"code is at {spans}"
-    return Unsupported(
-        f"offset 0x{offset:x} of {index.path} is not in its code: {why}",
-        hint="an offset is one in the file, not an address; `symbol+offset` is easier to get right",
-        reason="NotExecutable",
-    )
-
-
-def _no_function(place: _Place, module: str, suggestions: list[str]) -> Unsupported:
-    return Unsupported(
-        f"{module}:{place.label} is inside of a function, and a return probe needs its first instruction",
-        hint="a call's return address is where the stack pointer leads to only there",
-        suggestions=suggestions,
-        reason="NotAFunction",
-    )
-
-
-def _unknown(place: _Place, module: str) -> Unsupported:
-    return Unsupported(
-        f"whether an instruction begins at {module}:{place.label} cannot be told: no symbol and no unwind information says "
-        "where its function begins",
-        hint="probe a place in a function that has a symbol, or install the debug symbols' package",
-        reason="UnknownBoundary",
-    )
-
-
-def _require_boundary(
-    fd: int, index: SymbolIndex, place: _Place, module: str, ranges: Callable[[int], Range | None]
-) -> None:
-    """Raises Unsupported where no instruction begins at a place, or where nobody can tell.
-
-    It is found by decoding from the nearest beginning of a function: code is not decoded across a function's end, where
-    data may be.
-    """
-    if place.symbol is not None and not place.symbol_offset:
-        return
-    if place.offset == index.entry or any(start == place.offset for start, _ in index.code_sections):
-        return
-    symbol = place.symbol or _inside(index, place.offset)
-    starts = [symbol.offset] if symbol is not None else []
-    if symbol is None or not symbol.size:
-        starts += [r.start for r in (ranges(place.offset),) if r is not None]
-    start = max(starts, default=None)
-    segment = index.segment_at(place.offset)
-    if start is None or place.offset - start > MAX_DECODED:
-        raise _unknown(place, module)
-    to_addr = segment.vaddr - segment.offset if segment else 0
-    code = _read(fd, index, start, place.offset - start + _CODE_BYTES)
-    over = instruction_over(code, start + to_addr, place.offset + to_addr)
-    if over is None or over.addr == place.offset + to_addr:
-        return
-    begin = over.addr - to_addr
-    near = [f"{module}:{_Place(o, place.symbol).label}" for o in (begin, begin + over.length)]
-    raise Unsupported(
-        f"{module}:{place.label} is in the middle of the instruction `{over.text}`",
-        hint="a probe goes where an instruction begins",
-        suggestions=near,
-        reason="MidInstruction",
-    )
 
 
 # --- what is computed ---

@@ -262,13 +262,6 @@ class ElfFile:
         """Returns the file offset of a virtual address in code."""
         return next((vaddr - s.vaddr + s.offset for s in self.segments if 0 <= vaddr - s.vaddr < s.filesz), None)
 
-    def code_sections(self) -> list[tuple[int, int]]:
-        """Returns (file offset, size) of the sections with instructions; none where their headers are stripped."""
-        rows = self._sections
-        rows = rows[((rows["flags"] & _SHF_EXECINSTR) != 0) & (rows["type"] != _SHT_NOBITS)]
-        found = sorted((int(r["offset"]), int(r["size"])) for r in rows[:_MAX_SEGMENTS])
-        return [(o, n) for o, n in found if self.segment_at(o)]
-
     # --- identity
 
     def build_id(self, sections: bool = False) -> str:

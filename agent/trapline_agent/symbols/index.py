@@ -46,6 +46,8 @@ _MAX_DEMANGLED = 200_000
 _MAX_REGEX_S = 5.0
 _MAX_MATCHED = 16_384
 """Bytes of a name that a regular expression is tried on."""
+_MAX_PATTERNS, _MAX_KEPT = 8, 100_000
+"""So many patterns' matches are kept, of so many symbols at most."""
 _CLOCK_NAMES, _LONG = 16, 1000
 """The clock is looked at after so many names, and at each one of more bytes."""
 _NEEDS_DEMANGLING = re.compile(r"::|[ <>(){}~&]")
@@ -84,7 +86,7 @@ class Match(NamedTuple):
 
 
 class SymbolIndex:
-    """What is known of a file without its debug information. Immutable once made, so any thread may ask."""
+    """What is known of a file without its debug information. It does not change, so any thread may ask."""
 
     def __init__(self, elf: ElfFile, debug: ElfFile | None = None) -> None:
         """Reads a file; raises as ``ElfFile`` and its tables do.
@@ -109,7 +111,6 @@ class SymbolIndex:
                 build_id=elf.build_id(),
                 soname=elf.soname(),
                 segments=elf.segments,
-                code_sections=elf.code_sections(),
                 entry=elf.file_offset(elf.entry),
                 relocated=elf.text_relocations(),
                 stripped=stripped,
@@ -134,7 +135,6 @@ class SymbolIndex:
         self.build_id = stored.build_id
         self.soname = stored.soname
         self.segments: Sequence[Segment] = stored.segments
-        self.code_sections = stored.code_sections
         self.entry = stored.entry
         self.stripped = stored.stripped
         """The file itself has no .symtab."""
@@ -146,6 +146,8 @@ class SymbolIndex:
         # Several names of one place are put in order when they are asked for.
         self._order = np.frombuffer(stored.table.order, np.uint32)
         self._starts = table.offsets[self._order]
+        self._lock = threading.Lock()
+        self._matched: dict[str, np.ndarray[tuple[int], np.dtype[np.uint32]]] = {}
         self.is_go = bool(table.names.find(_GO))
 
     def __len__(self) -> int:
@@ -199,7 +201,7 @@ class SymbolIndex:
             bare = demangle.demangle([names[i] for i in which], parameters=False)
             return (i for i, name in zip(which, bare, strict=True) if matches(name))
 
-        return self._matching(wanted)
+        return self._matching(f"*{pattern}", wanted)
 
     def regex(self, pattern: str) -> Iterator[SymbolAt]:
         """Yields the default symbols with a match of a regular expression anywhere in the name, or in the demangled name;
@@ -228,7 +230,7 @@ class SymbolIndex:
                 if matches(name) or (text is not name and matches(text)):
                     yield i
 
-        return self._matching(wanted)
+        return self._matching(f"/{pattern}", wanted)
 
     def find_text(self, text: str) -> list[SymbolAt]:
         """Returns the symbols that a name of the source language means, one for each offset, by offset.
@@ -257,11 +259,21 @@ class SymbolIndex:
             return [i for i, name in raw if name.startswith(prefixes) and all(part in name for part in rest)]
         return [at + i for at, chunk in names.chunks() for i, n in enumerate(chunk) if n.startswith(demangle.PREFIXES)]
 
-    def _matching(self, wanted: Callable[[list[str]], Iterator[int]]) -> Iterator[SymbolAt]:
-        """Yields the best default symbol of each offset that has a name which is wanted."""
-        found = [np.fromiter(wanted(chunk), np.int64) + at for at, chunk in self._table.names.chunks()]
-        which = np.concatenate(found) if found else np.zeros(0, np.int64)
-        which = which[self._table.default[which]]
+    def _matching(self, key: str, wanted: Callable[[list[str]], Iterator[int]]) -> Iterator[SymbolAt]:
+        """Yields the best default symbol of each offset that has a name which is wanted.
+
+        What the last few patterns matched is kept: an agent asks again every few seconds.
+        """
+        which = self._matched.get(key)
+        if which is None:
+            found = [np.fromiter(wanted(chunk), np.int64) + at for at, chunk in self._table.names.chunks()]
+            which = np.concatenate(found) if found else np.zeros(0, np.int64)
+            which = which[self._table.default[which]].astype(np.uint32)
+            with self._lock:
+                while len(self._matched) >= _MAX_PATTERNS:
+                    del self._matched[next(iter(self._matched))]
+                if len(which) <= _MAX_KEPT:
+                    self._matched[key] = which
         offsets = self._table.offsets[which]
         order = np.argsort(offsets, kind="stable")
         which, offsets = which[order], offsets[order]

@@ -81,7 +81,6 @@ class Stored(msgspec.Struct, array_like=True):
     build_id: str
     soname: str
     segments: list[Segment]
-    code_sections: list[tuple[int, int]]
     entry: int | None
     relocated: list[int]
     stripped: bool

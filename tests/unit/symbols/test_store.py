@@ -29,7 +29,7 @@ def get(path: Path, directory: Path) -> SymbolIndex:
 
 def everything(index: SymbolIndex) -> tuple[object, ...]:
     symbols = sorted(index)
-    return symbols, index.build_id, index.soname, index.segments, index.entry, index.code_sections, index.imports.blob
+    return symbols, index.build_id, index.soname, index.segments, index.entry, index.imports.blob
 
 
 @pytest.fixture
