@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Unsupported
-from trapline.expressions import ARGUMENT, CONTEXT, XMM, register_named
+from trapline.expressions import ARGUMENT, AT_RETURN, CONTEXT, XMM, register_named
 from trapline.model import ProbeKind
 from trapline.protocol.hits import ValueStatus
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree, parse
@@ -71,6 +71,8 @@ class Site:
     debug: DebugInfo | None = None
     constants: dict[str, str | int] = field(default_factory=dict)
     """``host func file line buildid``, as far as they are known."""
+    words: bool = False
+    """Texts and numbers of several functions share a column: what has no explicit type there is captured as a word."""
     redact: Callable[[Collection[str]], bool] = lambda names: False
     """Whether a value that is called so, or is of a type that is called so, must not leave the host."""
 
@@ -172,7 +174,9 @@ class Compiler:
     # --- names
 
     def _named(self, name: str) -> Operand:
-        if (variable := self._variable(name)) is not None:
+        # At a return variables are gone, and what is called so is the language's.
+        gone = self._site.kind is ProbeKind.RETURN and not self._entry and name in (*AT_RETURN, *CONTEXT)
+        if not gone and (variable := self._variable(name)) is not None:
             return variable
         if (number_ := ARGUMENT.fullmatch(name)) is not None:
             return self._argument(int(number_[1]))
@@ -503,7 +507,17 @@ class Compiler:
     def _shown(self, operand: Operand) -> tuple[str, Value]:
         if isinstance(operand, Plain):
             return operand.kind, operand.value
-        return shown(operand, self._types)
+        return self._word(operand) if self._site.words else shown(operand, self._types)
+
+    def _word(self, thing: Thing) -> tuple[str, Value]:
+        """Returns what is in the register or the memory, whatever it means; of what is no word, where it is."""
+        if thing.before is not None:
+            kind, value = self._word(thing.before)
+            return kind, entry(value)
+        if is_scalar(thing.type):
+            kind = kind_of_number(thing.type)
+            return ("u64", Missing(ValueStatus.UNSUPPORTED)) if kind == "f64" else (kind, number(thing))
+        return "u64", thing.place.address() or Missing(ValueStatus.UNSUPPORTED)
 
     def _number(self, operand: Operand) -> tuple[str, Value]:
         if isinstance(operand, Thing):
