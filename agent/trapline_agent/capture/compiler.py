@@ -24,6 +24,7 @@ from trapline_agent.capture.typed import (
     described,
     element,
     followed,
+    is_character,
     is_scalar,
     kind_of_number,
     length,
@@ -483,6 +484,8 @@ class Compiler:
                 near = difflib.get_close_matches(wanted.decode(errors="replace"), [n for n, _ in left.type.enumerators])
                 raise NotFound(f"{described(left.type)} has no such name", suggestions=[f"'{n}'" for n in near])
             return number(left), Const(known[wanted])
+        if isinstance(left, Thing) and is_character(left.type) and (letter := _letter_of(right)) is not None:
+            return number(left), Const(letter)
         if _is_text(left) or _is_text(right):
             # One byte more than the other has is enough to know.
             fixed = [o.value.value for o in (left, right) if isinstance(o, Plain) and isinstance(o.value, Const)]
@@ -603,6 +606,13 @@ def _in_words(kind: str) -> str:
 
 def _is_text(operand: Operand) -> bool:
     return isinstance(operand, Plain) and operand.kind in ("str", "bytes")
+
+
+def _letter_of(operand: Operand) -> int | None:
+    """Returns the number of a text of one byte, to compare a character with."""
+    if isinstance(operand, Plain) and isinstance(operand.value, Const) and isinstance(operand.value.value, bytes):
+        return operand.value.value[0] if len(operand.value.value) == 1 else None
+    return None
 
 
 def _is_clone(symbol: str) -> bool:
