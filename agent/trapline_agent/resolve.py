@@ -187,6 +187,14 @@ class Resolver:
         """Returns what a probe means now; ``dry``: with remarks that take a look into the debug information."""
         require_supported(spec)
         self._require_answerable(spec)
+        plan = self._plan_of(spec, dry=dry, words=False)
+        if _share_no_column(spec, plan):
+            plan = self._plan_of(spec, dry=dry, words=True)
+            plan.notes.append("the functions' values are of several types: they are shown as words, not as texts")
+        return plan
+
+    def _plan_of(self, spec: ProbeSpec, *, dry: bool, words: bool) -> Plan:
+        """``words``: as in ``capture.compiler.Site``."""
         plan = Plan(where=with_numbers(spec.where, self._host_name))
         if spec.aggregate is not None:
             plan.aggregate = lower_aggregate(spec.aggregate, self._max_keys)
@@ -208,7 +216,7 @@ class Resolver:
                 plan.notes.append(f"{len(files) - i} of {len(files)} files were not looked at yet")
                 break
             try:
-                self._add_file(plan, spec, file, dry)
+                self._add_file(plan, spec, file, dry=dry, words=words)
             except TraplineError as e:
                 errors.append(e)
         if not plan.resolved:
@@ -283,7 +291,7 @@ class Resolver:
             quoted = f'"{name}"' if spec.point.kind is PointKind.TEXT else name
             error.suggestions = [f"{n}:{quoted}" for n in names[:5]]
 
-    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile, dry: bool) -> None:
+    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile, *, dry: bool, words: bool) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
             module = _shown(spec, file)
@@ -293,7 +301,7 @@ class Resolver:
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, module, spec)
+                self._add_place(plan, file, fd, index, place, module, spec, words=words)
 
     def _places(
         self, plan: Plan, spec: ProbeSpec, file: FoundFile, fd: int, index: SymbolIndex, module: str, dry: bool
@@ -386,6 +394,8 @@ class Resolver:
         place: Place,
         module: str,
         spec: ProbeSpec | None = None,
+        *,
+        words: bool = False,
     ) -> None:
         site = ResolvedSite(
             module=text(file.path),
@@ -417,7 +427,7 @@ class Resolver:
                     reason="TextRelocation",
                     hint="probe another instruction of the function, or a build with -fPIC",
                 )
-            computed = None if spec is None else self._computed(plan, spec, file, index, place, module)
+            computed = None if spec is None else self._computed(plan, spec, file, index, place, module, words=words)
         except TraplineError as e:
             site.refused = e.to_wire()
             return
@@ -443,7 +453,15 @@ class Resolver:
         )
 
     def _computed(
-        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: Place, module: str
+        self,
+        plan: Plan,
+        spec: ProbeSpec,
+        file: FoundFile,
+        index: SymbolIndex,
+        place: Place,
+        module: str,
+        *,
+        words: bool,
     ) -> tuple[list[FetchPlan], Program | None]:
         """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
         probe's text."""
@@ -477,6 +495,7 @@ class Resolver:
                     debug=debug,
                     constants=constants,
                     arguments=usdt_arguments(place.usdt) if place.usdt else None,
+                    words=words,
                     redact=self._redact or (lambda names: False),
                 ),
                 aggregate=aggregate,
@@ -671,6 +690,16 @@ def with_columns(plan: Plan, columns: list[FetchPlan]) -> Plan:
     plain = explicit(own) if _is_plain(own) else None
     plans = [msgspec.structs.replace(p, program=p.program or plain) for p in plan.plans]
     return replace(plan, plans=plans, fetches=columns)
+
+
+def _share_no_column(spec: ProbeSpec, plan: Plan) -> bool:
+    """Whether places were refused since their values are of other types than those of the other places, or, where nothing
+    was asked for, since a result is no number."""
+    refused = [site.refused for site in plan.resolved if site.refused]
+    return any(
+        r.get("reason") == "CaptureType" or (not spec.captures and not spec.condition and r["code"] == SpecError.code)
+        for r in refused
+    )
 
 
 def _is_plain(fetches: Iterable[FetchPlan]) -> bool:

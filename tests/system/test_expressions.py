@@ -303,12 +303,19 @@ def test_places_of_one_probe_share_its_columns(targets: Targets, tmp_path: Path)
 
     plan = resolver.resolve(parse_probe(f"ur:{program}:[hw]e*"))  # weigh alone
     assert [(f.name, f.column) for f in plan.fetches] == [("retval", "f64"), ("latency", "u64")]
-    plan = resolver.resolve(parse_probe(f"ur:{program}:[hw][ae]* {{retval}}"))  # handle: int; weigh: double
-    assert [(f.name, f.column, f.register) for f in plan.fetches] == [("retval", "f64", "")]
-    assert all(p.program is not None for p in plan.plans)
-    answer = resolved(f"ur:{program}:[hn]a* {{retval}}")  # handle: int; name_of: a text
-    (refused,) = [site.refused for site in answer.sites if site.refused]
-    assert refused["reason"] == "CaptureType"
+    for text in ("[hw][ae]* {retval}", "[hn]a* {retval}", "[hwnp][ae]*"):  # an int, a double, a text, a struct
+        plan = resolver.resolve(parse_probe(f"ur:{program}:{text}"))
+        assert not any(site.refused for site in plan.resolved)
+        assert len(plan.plans) >= 2
+        assert (plan.fetches[0].name, plan.fetches[0].column, plan.fetches[0].register) == ("retval", "i64", "")
+        assert all(p.program is not None for p in plan.plans)
+        assert "as words" in plan.notes[0]
+    plan = resolver.resolve(parse_probe(f"ur:{program}:pay"))  # a struct, of which nothing was asked
+    assert [f.name for f in plan.fetches] == ["retval", "latency"]
+    answer = resolved(f"{program}:[hw][ae]* {{x=user if 1 else user}}")  # weigh has none
+    assert [site.refused["code"] for site in answer.sites if site.refused] == ["not-found"]
+    answer = resolved(f"ur:{program}:[hn]a* {{x=retval[0]}}")  # an int has no elements
+    assert [site.refused["code"] for site in answer.sites if site.refused] == ["spec-invalid"]
     answer = resolved(f"{program}:[hn]a* {{user}}")  # name_of has none
     (refused,) = [site.refused for site in answer.sites if site.refused]
     assert refused["code"] == "not-found"

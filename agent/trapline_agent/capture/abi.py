@@ -7,7 +7,9 @@ information, or not at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 from trapline.protocol.hits import ValueStatus
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, GO_REGISTERS, RESULT_REGISTERS
@@ -20,6 +22,7 @@ Leaf = tuple[int, int, bool]
 """A scalar in a value: offset and size in bytes, is it a floating-point number."""
 _MAX_LEAVES = 64
 _MAX_DEPTH = 16
+_MAX_VISITED = 4096
 _IN_REGISTERS_BYTES = 16
 _SSE_ARGUMENTS = 8
 _RETURN_ADDRESS_BYTES = 8
@@ -33,7 +36,7 @@ def leaves(type_: Type, type_of: TypeOf) -> list[Leaf] | None:
     """Returns the scalars that a value is made of; None where it has no such parts, or too many."""
     try:
         found = []
-        for leaf in _leaves(type_, type_of, 0, 0):
+        for leaf in _leaves(type_, type_of, 0, 0, count(_MAX_VISITED, -1)):
             found.append(leaf)
             if len(found) > _MAX_LEAVES:
                 return None
@@ -42,8 +45,9 @@ def leaves(type_: Type, type_of: TypeOf) -> list[Leaf] | None:
         return None
 
 
-def _leaves(type_: Type, type_of: TypeOf, at: int, depth: int) -> Iterator[Leaf]:
-    if depth > _MAX_DEPTH:
+def _leaves(type_: Type, type_of: TypeOf, at: int, depth: int, left: Iterator[int]) -> Iterator[Leaf]:
+    """``left`` counts down what may still be looked at: types that contain one another without end do no harm."""
+    if depth > _MAX_DEPTH or not next(left):
         raise _NotByRegisters
     match type_.kind:
         case "base" if type_.encoding == "complex":
@@ -60,14 +64,11 @@ def _leaves(type_: Type, type_of: TypeOf, at: int, depth: int) -> Iterator[Leaf]
             yield at, WORD_BYTES, False
         case "struct" | "class" | "union":
             for member in type_.members:
-                yield from _leaves(type_of(member.type), type_of, at + member.offset, depth + 1)
+                yield from _leaves(type_of(member.type), type_of, at + member.offset, depth + 1, left)
         case "array" if type_.target is not None and all(type_.counts):
             element = type_of(type_.target)
-            count = 1
-            for n in type_.counts:
-                count *= n
-            for i in range(min(count, _MAX_LEAVES + 1)):
-                yield from _leaves(element, type_of, at + i * element.size, depth + 1)
+            for i in range(min(math.prod(type_.counts), _MAX_LEAVES + 1)):
+                yield from _leaves(element, type_of, at + i * element.size, depth + 1, left)
         case _:
             raise _NotByRegisters
 

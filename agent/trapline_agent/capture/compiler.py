@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Unsupported
-from trapline.expressions import ARGUMENT, CONTEXT, XMM, register_named
+from trapline.expressions import ARGUMENT, AT_RETURN, CONTEXT, XMM, register_named
 from trapline.model import ProbeKind
 from trapline.protocol.hits import ValueStatus
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree, parse
@@ -23,6 +23,7 @@ from trapline_agent.capture.typed import (
     described,
     element,
     followed,
+    is_character,
     is_scalar,
     kind_of_number,
     length,
@@ -73,6 +74,8 @@ class Site:
     """``host func file line buildid``, as far as they are known."""
     arguments: tuple[tuple[Type, Location], ...] | None = None
     """Of a USDT probe, as its note has them; None: a function's, by the ABI."""
+    words: bool = False
+    """Texts and numbers of several functions share a column: what has no explicit type there is captured as a word."""
     redact: Callable[[Collection[str]], bool] = lambda names: False
     """Whether a value that is called so, or is of a type that is called so, must not leave the host."""
 
@@ -174,7 +177,9 @@ class Compiler:
     # --- names
 
     def _named(self, name: str) -> Operand:
-        if (variable := self._variable(name)) is not None:
+        # At a return variables are gone, and what is called so is the language's.
+        gone = self._site.kind is ProbeKind.RETURN and not self._entry and name in (*AT_RETURN, *CONTEXT)
+        if not gone and (variable := self._variable(name)) is not None:
             return variable
         if (number_ := ARGUMENT.fullmatch(name)) is not None:
             return self._argument(int(number_[1]))
@@ -488,6 +493,8 @@ class Compiler:
                 near = difflib.get_close_matches(wanted.decode(errors="replace"), [n for n, _ in left.type.enumerators])
                 raise NotFound(f"{described(left.type)} has no such name", suggestions=[f"'{n}'" for n in near])
             return number(left), Const(known[wanted])
+        if isinstance(left, Thing) and is_character(left.type) and (letter := _letter_of(right)) is not None:
+            return number(left), Const(letter)
         if _is_text(left) or _is_text(right):
             # One byte more than the other has is enough to know.
             fixed = [o.value.value for o in (left, right) if isinstance(o, Plain) and isinstance(o.value, Const)]
@@ -512,7 +519,17 @@ class Compiler:
     def _shown(self, operand: Operand) -> tuple[str, Value]:
         if isinstance(operand, Plain):
             return operand.kind, operand.value
-        return shown(operand, self._types)
+        return self._word(operand) if self._site.words else shown(operand, self._types)
+
+    def _word(self, thing: Thing) -> tuple[str, Value]:
+        """Returns what is in the register or the memory, whatever it means; of what is no word, where it is."""
+        if thing.before is not None:
+            kind, value = self._word(thing.before)
+            return kind, entry(value)
+        if is_scalar(thing.type):
+            kind = kind_of_number(thing.type)
+            return ("u64", Missing(ValueStatus.UNSUPPORTED)) if kind == "f64" else (kind, number(thing))
+        return "u64", thing.place.address() or Missing(ValueStatus.UNSUPPORTED)
 
     def _number(self, operand: Operand) -> tuple[str, Value]:
         if isinstance(operand, Thing):
@@ -598,6 +615,13 @@ def _in_words(kind: str) -> str:
 
 def _is_text(operand: Operand) -> bool:
     return isinstance(operand, Plain) and operand.kind in ("str", "bytes")
+
+
+def _letter_of(operand: Operand) -> int | None:
+    """Returns the number of a text of one byte, to compare a character with."""
+    if isinstance(operand, Plain) and isinstance(operand.value, Const) and isinstance(operand.value.value, bytes):
+        return operand.value.value[0] if len(operand.value.value) == 1 else None
+    return None
 
 
 def _is_clone(symbol: str) -> bool:

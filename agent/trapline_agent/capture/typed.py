@@ -341,21 +341,24 @@ def _sized(type_: Type, types: Types) -> tuple[tuple[str, ...], tuple[str, ...]]
             if member.name == "vec":
                 vector = types.of(member.type)
                 for inner, _ in members(vector, types):
-                    if inner.name == "buf" and (path := _first_pointer(types.of(inner.type), types, 0)) is not None:
+                    if inner.name == "buf" and (path := _first_pointer(types.of(inner.type), types)) is not None:
                         return ("vec", "buf", *path), ("vec", "len")
     return None
 
 
-def _first_pointer(type_: Type, types: Types, depth: int) -> tuple[str, ...] | None:
-    """Returns the path to the first pointer inside of a struct: where a Rust ``Vec`` has its elements."""
-    if depth > 8:
-        return None
-    for member in type_.members:
-        inner = types.of(member.type)
-        if inner.kind == "pointer":
-            return (member.name,)
-        if inner.kind == "struct" and (path := _first_pointer(inner, types, depth + 1)) is not None:
-            return (member.name, *path)
+def _first_pointer(type_: Type, types: Types) -> tuple[str, ...] | None:
+    """Returns the path to the nearest pointer inside of a struct: where a Rust ``Vec`` has its elements."""
+    queue: deque[tuple[Type, tuple[str, ...]]] = deque([(type_, ())])
+    for _ in range(_MAX_FOLLOWED):
+        if not queue:
+            break
+        struct, path = queue.popleft()
+        for member in struct.members:
+            inner = types.of(member.type)
+            if inner.kind == "pointer":
+                return (*path, member.name)
+            if inner.kind == "struct":
+                queue.append((inner, (*path, member.name)))
     return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from trapline.protocol.hits import ValueStatus
 from trapline_agent.capture.compiler import Compiler, Site
 from trapline_agent.capture.compute import Values, wrong
 from trapline_agent.capture.program import compiled, explicit, merged
-from trapline_agent.debuginfo.model import Location, Scope
+from trapline_agent.debuginfo.model import Location, Member, Scope, Type
 from trapline_agent.plans import Const, FetchPlan, Load, Op, Program, Register, Value
 
 OK, TRUNCATED, NULL, FAULT, GONE, REDACTED, UNSUPPORTED = (int(s) for s in ValueStatus)
@@ -225,6 +227,9 @@ def request(bench: Bench) -> Site:
         ("str(req.method, 2)", b"GE"),
         ("req.method[1]", ord("E")),
         ("req.method == 'GET'", True),
+        ("req.method[0] == 'G'", True),
+        ("'x' == req.method[0]", False),
+        ("req.method[0] in ('G', 'P')", True),
         ("req.state", b"GONE"),
         ("req.state == 'GONE'", True),
         ("req.state + 1", 8),
@@ -391,6 +396,10 @@ def test_results_by_type_and_what_was_at_the_entry(bench: Bench) -> None:
                 Compiler(where).column(name)
         with pytest.raises(Unsupported):
             Compiler(where).column("entry(x)")
+    mine = entry_of(parameter("retval", f.CHARS), parameter("pid", f.INT), returns=f.INT)
+    shadowed = Site(kind=ProbeKind.RETURN, scope=mine, debug=known)
+    bench.set(rdi=3, rsi=9)
+    assert [run(bench, t, shadowed)[0] for t in ("retval", "pid", "entry(pid)")] == [-1, 6, 9]
     values = Values(
         [Compiler(where).column(t)[1] for t in ("entry(s)", "str(entry(s))", "entry(s) == 'old'", "latency")]
     )
@@ -513,3 +522,27 @@ def test_any_expression_is_refused_or_gives_a_value(
 def test_a_file_without_debug_information_says_so() -> None:
     with pytest.raises(NoDebugInfo, match=r"reg\.rdi"):
         Compiler(Site()).column("di")
+
+
+def test_types_without_end_are_told_in_bounded_time(bench: Bench) -> None:
+    known = Facts()
+    knot = Type("struct", "knot", 8, members=tuple(Member(f"m{i}", 100, 0) for i in range(50)))
+    known.types |= {
+        100: knot,
+        101: Type("reference", "ring", 8, target=101),
+        102: Type("pointer", "ring *", 8, target=102),
+        103: Type("struct", "", 8, members=(Member("", 103, 0), Member("", 103, 0))),
+        104: Type("array", "a", 8, target=104, counts=(9, 9, 9)),
+        105: Type("class", "MyString", 8, members=(Member("vec", 106, 0), Member("buf", 100, 0))),
+        106: Type("struct", "v", 8, members=(Member("buf", 100, 0), Member("len", f.LONG, 0))),
+    }
+    scope = entry_of(*(parameter(f"p{ref}", ref) for ref in range(100, 107)), returns=100, language="c++")
+    for kind in ProbeKind.ENTRY, ProbeKind.RETURN:
+        for ref in range(100, 107):
+            for text in (f"p{ref}", f"p{ref}.m1.m2.none", f"str(p{ref})", f"p{ref}[1][2]", f"len(p{ref})", "retval"):
+                text = text if kind is ProbeKind.ENTRY or text == "retval" else f"entry({text})"
+                began = time.monotonic()
+                with contextlib.suppress(TraplineError):
+                    _, value = Compiler(Site(kind=kind, scope=scope, debug=known)).column(text)
+                    assert wrong(value) in ("", "it is too large")
+                assert time.monotonic() - began < 5
