@@ -257,13 +257,15 @@ NAME = "str(cast(frame.f_code.co_name, 'PyASCIIObject *') + 1)"
 def test_python_functions_are_counted_by_their_own_names() -> None:
     """A chain of struct fields down to the string, at each call of the interpreter's evaluator; nothing is sent of each."""
     evaluator = f"{Path('/usr/bin/python3-dbg').resolve()}:_PyEval_EvalFrameDefault"
-    with Child(["/usr/bin/python3-dbg", "-S", "-c", PYTHON], env={"PYTHONPATH": ""}) as target:
-        with _trace(
+    with (
+        Child(["/usr/bin/python3-dbg", "-S", "-c", PYTHON], env={"PYTHONPATH": ""}) as target,
+        _trace(
             f"{evaluator} @ pid={target.pid} -> count() by ({NAME})",
             f"{evaluator} @ pid={target.pid} if {NAME} == 'often' -> count()",
-        ) as trace:
-            assert target.ask("400") == "done"
-            by_name, often = _tables(_end(trace))
+        ) as trace,
+    ):
+        assert target.ask("400") == "done"
+        by_name, often = _tables(_end(trace))
     counts = {row.key[0]: row.count for row in by_name.rows}
     assert (counts["often"], counts["once"]) == (400, 1)
     assert sum(counts.values()) == by_name.count
@@ -276,10 +278,9 @@ def test_what_is_opened_is_counted_by_name() -> None:
     code += (
         "import ctypes; [ctypes.CDLL(None).fopen(p.encode(), b'r') for p in line.split()]; print('done', flush=True)"
     )
-    with caller(code) as target:
-        with _trace(f"libc.so.6:fopen @ pid={target.pid} -> count() by (filename, mode)") as trace:
-            assert target.ask("/no/a /no/b /no/a") == "done"
-            (table,) = _tables(_end(trace))
+    with caller(code) as target, _trace(f"libc.so.6:fopen @ pid={target.pid} -> count() by (filename, mode)") as trace:
+        assert target.ask("/no/a /no/b /no/a") == "done"
+        (table,) = _tables(_end(trace))
     counts = {tuple(row.key): row.count for row in table.rows}
     assert (counts["/no/a", "r"], counts["/no/b", "r"]) == (2, 1)
 
