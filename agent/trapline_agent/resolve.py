@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from trapline.errors import NoDebugInfo, NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.errors import NoDebugInfo, NotFound, PermissionDenied, ResolveError, SpecError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
@@ -181,6 +181,14 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
+        plan = self._plan_of(spec, words=False)
+        if _share_no_column(spec, plan):
+            plan = self._plan_of(spec, words=True)
+            plan.notes.append("the functions' values are of several types: they are shown as words, not as texts")
+        return plan
+
+    def _plan_of(self, spec: ProbeSpec, *, words: bool) -> Plan:
+        """``words``: as in ``capture.compiler.Site``."""
         plan = Plan(where=with_numbers(spec.where, self._host_name))
         if spec.aggregate is not None:
             plan.aggregate = lower_aggregate(spec.aggregate, self._max_keys)
@@ -202,7 +210,7 @@ class Resolver:
                 plan.notes.append(f"{len(files) - i} of {len(files)} files were not looked at yet")
                 break
             try:
-                self._add_file(plan, spec, file)
+                self._add_file(plan, spec, file, words=words)
             except TraplineError as e:
                 errors.append(e)
         if not plan.resolved:
@@ -239,7 +247,7 @@ class Resolver:
         errors.sort(key=lambda e: not isinstance(e, NotFound))
         return errors[0] if errors else NotFound(f"nothing on {self._host_name} is meant by `{spec.text}`")
 
-    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile) -> None:
+    def _add_file(self, plan: Plan, spec: ProbeSpec, file: FoundFile, *, words: bool) -> None:
         with file.open() as fd:
             index = self._finder.index(file, fd)
             places = _places(spec, index, _shown(spec, file))
@@ -251,7 +259,7 @@ class Resolver:
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, _shown(spec, file), spec)
+                self._add_place(plan, file, fd, index, place, _shown(spec, file), spec, words=words)
 
     def _add_place(
         self,
@@ -262,6 +270,8 @@ class Resolver:
         place: _Place,
         module: str,
         spec: ProbeSpec | None = None,
+        *,
+        words: bool = False,
     ) -> None:
         site = ResolvedSite(
             module=text(file.path),
@@ -287,7 +297,7 @@ class Resolver:
                     reason="TextRelocation",
                     hint="probe another instruction of the function, or a build with -fPIC",
                 )
-            computed = None if spec is None else self._computed(plan, spec, file, index, place, module)
+            computed = None if spec is None else self._computed(plan, spec, file, index, place, module, words=words)
         except TraplineError as e:
             site.refused = e.to_wire()
             return
@@ -313,7 +323,15 @@ class Resolver:
         )
 
     def _computed(
-        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: _Place, module: str
+        self,
+        plan: Plan,
+        spec: ProbeSpec,
+        file: FoundFile,
+        index: SymbolIndex,
+        place: _Place,
+        module: str,
+        *,
+        words: bool,
     ) -> tuple[list[FetchPlan], Program | None]:
         """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
         probe's text."""
@@ -346,6 +364,7 @@ class Resolver:
                     scope=scope,
                     debug=debug,
                     constants=constants,
+                    words=words,
                     redact=self._redact or (lambda names: False),
                 ),
                 aggregate=aggregate,
@@ -652,6 +671,16 @@ def with_columns(plan: Plan, columns: list[FetchPlan]) -> Plan:
     plain = explicit(own) if _is_plain(own) else None
     plans = [msgspec.structs.replace(p, program=p.program or plain) for p in plan.plans]
     return replace(plan, plans=plans, fetches=columns)
+
+
+def _share_no_column(spec: ProbeSpec, plan: Plan) -> bool:
+    """Whether places were refused since their values are of other types than those of the other places, or, where nothing
+    was asked for, since a result is no number."""
+    refused = [site.refused for site in plan.resolved if site.refused]
+    return any(
+        r.get("reason") == "CaptureType" or (not spec.captures and not spec.condition and r["code"] == SpecError.code)
+        for r in refused
+    )
 
 
 def _is_plain(fetches: Iterable[FetchPlan]) -> bool:

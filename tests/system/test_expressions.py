@@ -14,7 +14,14 @@ import pytest
 from tests.support import needs
 from tests.support.targets import Targets
 from trapline.cli.rows import format_hit
-from trapline.model import Hit
+from trapline.model import Hit, HostResolution
+from trapline.protocol.hits import ValueStatus
+from trapline.spec import parse_probe
+from trapline_agent.capture.compute import parts
+from trapline_agent.capture.redaction import redaction
+from trapline_agent.debuginfo.files import DebugFiles
+from trapline_agent.plans import Load, Missing, Value
+from trapline_agent.resolve import Resolver
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/expressions.md"
 EXAMPLES = re.findall(r"^```probe\n(.*)\n```\n```text\n(.*)\n```$", PAGE.read_text(), re.M)
@@ -166,7 +173,8 @@ LANGUAGES = {
             "{what, where, tag.text, tag.weight, c, this.owner, this.total, this.colour, this.id, n=len(what)}",
             {
                 "what": "lamp", "where": "cell", "tag.text": "fragile", "tag.weight": -3, "c": "red", "this.total": 2.5,
-                "this.owner": "a name that is much too long to be kept in place", "this.colour": "green", "this.id": 5, "n": 4,
+                "this.owner": "a name that is much too long to be kept in place", "this.colour": "green", "this.id": 5,
+                "n": 4,
             },
         ),
         "_ZN4shop5greet": ("{name, loud, much}", {"name": "bob", "loud": True, "much": 1.5}),
@@ -247,3 +255,98 @@ def test_values_of_other_languages(tmp_path: Path, language: str, optimised: boo
 def _symbols(program: Path) -> list[str]:
     listed = subprocess.run(["nm", str(program)], capture_output=True, text=True, check=True).stdout
     return [line.split()[-1] for line in listed.splitlines()]
+
+
+@needs.ptrace_any
+@needs.gcc
+@needs.gdb
+@pytest.mark.parametrize("flag", ["-O0", "-O2"])
+def test_locals_in_the_middle_of_a_function(targets: Targets, tmp_path: Path, flag: str) -> None:
+    program = targets.build("orders", flag)
+    source = (Path(__file__).resolve().parents[1] / "targets/orders.c").read_text().splitlines()
+    line = next(i for i, text in enumerate(source, 1) if "name_of(i % 2" in text)
+    names = ("sum", "i", "times", "order.id", "lamp.count", "argc")
+    script = [f"break orders.c:{line}", "run 2", "info symbol $pc"]
+    script += [f'printf "{name} "\noutput {name}\necho \\n' for name in names]
+    commands = tmp_path / "script"
+    commands.write_text("\n".join(["set debuginfod enabled off", *script]) + "\n")
+    said = subprocess.run(
+        ["gdb", "-q", "-batch", "-nx", "-x", str(commands), str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    ).stdout
+    place = re.search(r"main \+ (\d+) in", said)
+    assert place, said
+    columns = ", ".join(f"v{i}={name}" for i, name in enumerate(names))
+    found = _traced(tmp_path, [f"{program}:main+{place[1]} {{{columns}, line}}"], [str(program), "2"])
+    first = found["e0"][0]
+    assert first.args["line"] == line
+    for i, name in enumerate(names):
+        answer = re.search(rf"^{re.escape(name)} (.+)$", said, re.M)
+        assert answer, said
+        if "optimized out" in answer[1]:
+            assert first.status[f"v{i}"] == "optimised-out", name
+        else:
+            assert first.args[f"v{i}"] == int(answer[1]), name
+    assert len(found["e0"]) == 2
+
+
+@needs.gcc
+def test_places_of_one_probe_share_its_columns(targets: Targets, tmp_path: Path) -> None:
+    program = targets.build("orders", "-O2")
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of)
+
+    def resolved(text: str) -> HostResolution:
+        return resolver.resolve_dry(parse_probe(text))
+
+    plan = resolver.resolve(parse_probe(f"ur:{program}:[hw]e*"))  # weigh alone
+    assert [(f.name, f.column) for f in plan.fetches] == [("retval", "f64"), ("latency", "u64")]
+    for text in ("[hw][ae]* {retval}", "[hn]a* {retval}", "[hwnp][ae]*"):  # an int, a double, a text, a struct
+        plan = resolver.resolve(parse_probe(f"ur:{program}:{text}"))
+        assert not any(site.refused for site in plan.resolved)
+        assert len(plan.plans) >= 2
+        assert (plan.fetches[0].name, plan.fetches[0].column, plan.fetches[0].register) == ("retval", "i64", "")
+        assert all(p.program is not None for p in plan.plans)
+        assert "as words" in plan.notes[0]
+    plan = resolver.resolve(parse_probe(f"ur:{program}:pay"))  # a struct, of which nothing was asked
+    assert [f.name for f in plan.fetches] == ["retval", "latency"]
+    answer = resolved(f"{program}:[hw][ae]* {{x=user if 1 else user}}")  # weigh has none
+    assert [site.refused["code"] for site in answer.sites if site.refused] == ["not-found"]
+    answer = resolved(f"ur:{program}:[hn]a* {{x=retval[0]}}")  # an int has no elements
+    assert [site.refused["code"] for site in answer.sites if site.refused] == ["spec-invalid"]
+    answer = resolved(f"{program}:[hn]a* {{user}}")  # name_of has none
+    (refused,) = [site.refused for site in answer.sites if site.refused]
+    assert refused["code"] == "not-found"
+    assert refused["text"][refused["position"] :] == "user}"
+
+
+@needs.gcc
+def test_a_policy_hides_what_it_names(targets: Targets, tmp_path: Path) -> None:
+    program = targets.build("orders", "-O2")
+    policy = redaction(["*TOKEN*", "pass*", "struct item", "user"])
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of, redact=policy)
+    hidden = Missing(int(ValueStatus.REDACTED))
+    for text, wanted in (
+        ("handle {order.items.name, order.id}", [True, False]),
+        ("handle {arg2, str(reg.rdx), user, arg1}", [True, True, True, False]),
+        ("handle {password, str(password), x=len(password)}", [True, True, True]),
+        ("handle {my_token=order.id, order.items[0].count}", [True, True]),
+        ("pay {token, str(arg0), total.currency}", [True, False, False]),
+    ):
+        plan = resolver.resolve(parse_probe(f"{program}:{text}"))
+        (site,) = plan.plans
+        assert site.program is not None
+        assert [_hidden(value, hidden) for value in site.program.values] == wanted, text
+
+
+def _hidden(value: Value, hidden: Missing) -> bool:
+    """Whether nothing is fetched for a value, and it has the status."""
+    stack, found = [value], False
+    while stack:
+        one = stack.pop()
+        found = found or one == hidden
+        assert not (found and isinstance(one, Load)), one
+        stack += parts(one)
+    return found

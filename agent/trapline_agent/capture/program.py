@@ -142,9 +142,9 @@ def merged(columns: Sequence[FetchPlan], others: Sequence[FetchPlan]) -> list[Fe
             both.append(one)
             continue
         kind = unified(one.column, other.column)
-        if kind is None:
+        if kind is None or (kind == "f64" and one.column != other.column):  # a double does not hold every integer
             raise Unsupported(
-                f"`{one.name}` is {_of_type(other.column)} here, and {_of_type(one.column)} at the first place of the probe",
+                f"`{one.name}` is {_of_type(other.column)} here, and {_of_type(one.column)} at another place of the probe",
                 hint="probe these places apart",
                 reason="CaptureType",
             )
@@ -158,7 +158,7 @@ def explicit(fetches: Sequence[FetchPlan]) -> Program:
 
 
 def _of_type(column: str) -> str:
-    return {"str": "a text", "bytes": "bytes"}.get(column, "a number")
+    return {"str": "a text", "bytes": "bytes", "f64": "a floating-point number"}.get(column, "a number")
 
 
 def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:

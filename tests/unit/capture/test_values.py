@@ -264,6 +264,9 @@ def test_arguments_by_name(bench: Bench, expression: str, value: object) -> None
         ("n.x", SpecError, "has no fields"),
         ("n[0]", SpecError, "no elements"),
         ("str(n)", SpecError, "no text"),
+        ("n == 'x'", SpecError, "no text"),
+        ("req == 'x'", SpecError, "no text"),
+        ("7 < str(req)", SpecError, "a text belongs here"),
         ("req.state == 'BUSI'", NotFound, "'BUSY'"),
     ],
 )
@@ -388,6 +391,10 @@ def test_results_by_type_and_what_was_at_the_entry(bench: Bench) -> None:
                 Compiler(where).column(name)
         with pytest.raises(Unsupported):
             Compiler(where).column("entry(x)")
+    mine = entry_of(parameter("retval", f.CHARS), parameter("pid", f.INT), returns=f.INT)
+    shadowed = Site(kind=ProbeKind.RETURN, scope=mine, debug=known)
+    bench.set(rdi=3, rsi=9)
+    assert [run(bench, t, shadowed)[0] for t in ("retval", "pid", "entry(pid)")] == [-1, 6, 9]
     values = Values(
         [Compiler(where).column(t)[1] for t in ("entry(s)", "str(entry(s))", "entry(s) == 'old'", "latency")]
     )
