@@ -237,3 +237,61 @@ def test_commands_of_redis_under_its_own_benchmark(stack: Stack, tmp_path: Path)
             stack.client.delete_probe(each.id)
         assert breakpoints(server.pid) == []
         assert redis.command("PING") == "+PONG"
+
+
+PYTHON = """
+import sys
+def once(x): pass
+def often(x): pass
+print("ready", flush=True)
+for line in sys.stdin:
+    list(map(often, range(int(line))))
+    list(map(once, [1]))
+    print("done", flush=True)
+"""
+"""What map() calls from C is a call of the evaluator each; a Python function that calls another is not, since 3.11."""
+NAME = "str(cast(frame.f_code.co_name, 'PyASCIIObject *') + 1)"
+
+
+@needs.python_debug
+def test_python_functions_are_counted_by_their_own_names() -> None:
+    """A chain of struct fields down to the string, at each call of the interpreter's evaluator; nothing is sent of each."""
+    evaluator = f"{Path('/usr/bin/python3-dbg').resolve()}:_PyEval_EvalFrameDefault"
+    with (
+        Child(["/usr/bin/python3-dbg", "-S", "-c", PYTHON], env={"PYTHONPATH": ""}) as target,
+        _trace(
+            f"{evaluator} @ pid={target.pid} -> count() by ({NAME})",
+            f"{evaluator} @ pid={target.pid} if {NAME} == 'often' -> count()",
+        ) as trace,
+    ):
+        assert target.ask("400") == "done"
+        by_name, often = _tables(_end(trace))
+    counts = {row.key[0]: row.count for row in by_name.rows}
+    assert (counts["often"], counts["once"]) == (400, 1)
+    assert sum(counts.values()) == by_name.count
+    assert often.count == 400
+
+
+@needs.libc_debug
+def test_what_is_opened_is_counted_by_name() -> None:
+    code = "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    "
+    code += (
+        "import ctypes; [ctypes.CDLL(None).fopen(p.encode(), b'r') for p in line.split()]; print('done', flush=True)"
+    )
+    with caller(code) as target, _trace(f"libc.so.6:fopen @ pid={target.pid} -> count() by (filename, mode)") as trace:
+        assert target.ask("/no/a /no/b /no/a") == "done"
+        (table,) = _tables(_end(trace))
+    counts = {tuple(row.key): row.count for row in table.rows}
+    assert (counts["/no/a", "r"], counts["/no/b", "r"]) == (2, 1)
+
+
+@needs.gcc
+def test_a_text_has_no_sum(targets: Targets) -> None:
+    program = targets.build("hot")
+    with targets.run("hot", "1") as child:
+        probe = f"{program}:target_hot -> sum(str(arg1)) by (pid)"
+        done = children.run([sys.executable, "-m", "trapline", "trace", probe, "-p", str(child.pid)])
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert "sum is of a number, and `str(arg1)` is a text" in said[0]
+    assert said[2].index("^") == said[1].index("str(arg1)")
