@@ -45,6 +45,7 @@ _RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PF_X = 1, 2, 4, 1
+_PT_GNU_EH_FRAME = 0x6474_E550
 _SHT_SYMTAB, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
 _SHF_EXECINSTR = 4
 _DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_RELA, _DT_RELASZ, _DT_SONAME = 0, 2, 5, 7, 8, 14
@@ -274,6 +275,25 @@ class ElfFile:
         for row in self._segments[self._segments["type"] == _PT_LOAD]:
             if 0 <= vaddr - int(row["vaddr"]) < int(row["filesz"]):
                 return vaddr - int(row["vaddr"]) + int(row["offset"])
+        return None
+
+    def eh_frame(self, limit: int) -> tuple[int, bytes] | None:
+        """Returns the virtual address of .eh_frame and its bytes, with what is behind it in its segment; None where
+        PT_GNU_EH_FRAME leads to none (LSB core, "The .eh_frame_hdr section"). Raises ResolveError beyond ``limit``
+        bytes, where there are that many in .eh_frame itself by its section header."""
+        for row in self._segments[self._segments["type"] == _PT_GNU_EH_FRAME][:1]:
+            head = self._read(int(row["offset"]), min(int(row["filesz"]), 12), "unwind header")
+            # Version 1; the pointer to .eh_frame, 4 bytes signed, from its own place: every linker writes it so.
+            if len(head) < 8 or head[0] != 1 or head[1] != 0x1B:
+                return None
+            vaddr = (int(row["vaddr"]) + 4 + int.from_bytes(head[4:8], "little", signed=True)) % (1 << 64)
+            for load in self._segments[self._segments["type"] == _PT_LOAD]:
+                inside = vaddr - int(load["vaddr"])
+                if 0 <= inside < int(load["filesz"]):
+                    size = min(int(load["filesz"]) - inside, self.size - int(load["offset"]) - inside)
+                    sections = self._sections[self._sections["addr"] == vaddr]
+                    sizes = [int(s["size"]) for s in sections if 0 < s["size"] <= size]
+                    return vaddr, self._read(int(load["offset"]) + inside, sizes[0] if sizes else size, ".eh_frame", limit)
         return None
 
     # --- symbols
