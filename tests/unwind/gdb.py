@@ -18,7 +18,8 @@ frame = gdb.newest_frame()
 registers = {n: int(frame.read_register(n)) % (1 << 64) for n in names}
 frames = []
 while frame is not None and frame.is_valid():
-    if frame.type() != gdb.INLINE_FRAME:
+    # What is inlined or was left by a tail call is not on the stack; Go's outermost frame returns to 0.
+    if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME) and frame.pc():
         frames.append([frame.pc(), frame.name() or "", frame.type() == gdb.SIGTRAMP_FRAME])
     frame = frame.older()
 out = {"pid": gdb.selected_inferior().pid, "registers": registers, "gdb": frames, "tables": TABLES}
@@ -43,7 +44,7 @@ class Compared:
 
 
 def compare(
-    tmp: Path, program: Path, args: Sequence[str], stop: str, *, before: Sequence[str] = (), tables: bool = True
+    tmp: Path, program: Path, args: Sequence[str], stop: str, *, before: Sequence[str] = (), tables: bool = True, stdin: str = ""
 ) -> Compared:
     """Runs a program under gdb up to a breakpoint, and takes both backtraces there.
 
@@ -53,6 +54,7 @@ def compare(
         stop: where: what gdb's ``break`` takes.
         before: further gdb commands at the stop.
         tables: whether ours has unwind tables.
+        stdin: what the program reads.
     """
     file, script = tmp / "stack.json", tmp / "stack.py"
     file.unlink(missing_ok=True)
@@ -64,7 +66,8 @@ def compare(
         *before,
         *(f"source {script}", f"shell {sys.executable} -m tests.unwind.there {file}", "kill"),
     ]
-    result = run(["gdb", "-nx", "-q", "-batch", *(x for c in commands for x in ("-ex", c)), "--args", program, *args])
+    says = [x for command in commands for x in ("-ex", command)]
+    result = run(["gdb", "-nx", "-q", "-batch", *says, "--args", program, *args], stdin=stdin)
     assert file.exists(), f"gdb made no backtrace: {result.stdout} {result.stderr}"
     raw = json.loads(file.read_text())
     assert "frames" in raw, f"ours failed: {result.stdout} {result.stderr}"

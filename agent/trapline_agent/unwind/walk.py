@@ -22,13 +22,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from trapline.errors import ProtocolError
 from trapline.protocol.stacks import BY_FRAME_POINTER, MAX_DEPTH, End, StackFile
 from trapline_agent.arch.x86_64.registers import INDEX, RIP
 from trapline_agent.arch.x86_64.registers import RSP as RSP_WORD
 from trapline_agent.plans import FileKey
 from trapline_agent.targets import maps
-from trapline_agent.unwind.table import EMPTY, RA, RBP, RSP, At, Cfa, Place, Rule, UnwindTable, decode
+from trapline_agent.unwind.table import EMPTY, RA, RBP, RSP, At, Cfa, NO_RULE, Place, Rule, UnwindTable, decode
 
 _FIRST_BYTES = 4096
 _MORE_BYTES = 16384
@@ -57,6 +56,22 @@ _WORD_OF = tuple(
 )
 """By DWARF's number, the index of a register among a thread's words."""
 _BP_WORD = INDEX["rbp"]
+
+_SIGRETURN = b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05"
+"""mov $15, %rax; syscall"""
+_SIGNAL = Rule(
+    Cfa.DEREF,
+    RSP,
+    160,
+    0,
+    True,
+    tuple(
+        Place(register, At.REGISTER, RSP, 40 + 8 * i)
+        for i, register in enumerate((8, 9, 10, 11, 12, 13, 14, 15, 5, 4, RBP, 3, 1, 0, 2, RSP, RA))
+    ),
+)
+"""A signal's frame, as the kernel lays it out: struct rt_sigframe and sigcontext, arch/x86/include/uapi/asm/sigcontext.h;
+its ucontext is where the stack pointer points when the handler has returned."""
 
 _BY_SP, _BY_BP, _BY_RULE, _OUTERMOST, _NO_RULE = range(5)
 
@@ -241,7 +256,7 @@ class _Space:
         """By stack pointer and frame pointer alone, which nearly all code needs; falls back to ``_walk_whole``."""
         pc, sp, bp = words[RIP], words[RSP_WORD], words[_BP_WORD]
         steps = self._exact
-        step = steps.get(pc) or self._step(pc, exact=True)
+        step = steps.get(pc) or self._step(pc, stack.memory, exact=True)
         steps = self._calls
         frames = [step.frame]
         flags = 0
@@ -282,7 +297,7 @@ class _Space:
                 return frames, End.COMPLETE | flags
             if len(frames) >= depth:
                 return frames, End.LIMIT | flags
-            step = steps.get(pc) or self._step(pc, exact=False)
+            step = steps.get(pc) or self._step(pc, stack.memory, exact=False)
             frames.append(step.frame)
             if step.end is End.BAD_PC:
                 return frames, End.BAD_PC | flags
@@ -296,7 +311,7 @@ class _Space:
             pc, sp = regs[RA], regs[RSP]
             assert pc is not None and sp is not None
             steps = self._exact if exact else self._calls
-            step = steps.get(pc) or self._step(pc, exact=exact)
+            step = steps.get(pc) or self._step(pc, stack.memory, exact=exact)
             frames.append(step.frame)
             if step.end is End.BAD_PC and step.rule is None:
                 return frames, End.BAD_PC | flags
@@ -394,7 +409,7 @@ class _Space:
             return self._regions[i]
         return None
 
-    def _step(self, pc: int, *, exact: bool) -> _Step:
+    def _step(self, pc: int, memory: int, *, exact: bool) -> _Step:
         """Finds out about a program counter, and remembers it."""
         at = pc if exact else pc - 1
         region = self._region(at)
@@ -404,20 +419,32 @@ class _Space:
         if region is None:
             return _Step(at & 0xFFFF_FFFF, _NO_RULE, end=End.BAD_PC)
         offset = at - region.start + region.offset
+        rule = region.table.at(offset) if region.table is not None else NO_RULE
+        if not exact and rule.cfa is Cfa.NONE and _is_trampoline(pc, memory):
+            rule = _SIGNAL
+        if rule.signal:
+            offset = pc - region.start + region.offset  # it was never called: the kernel put it there
         frame = region.file | offset & 0xFFFF_FFFF
         steps = self._exact if exact else self._calls
         if len(steps) >= _MAX_STEPS:
             steps.clear()
-        step = steps[pc] = _step_of(frame, region.table, offset)
+        if rule.cfa is Cfa.NONE:
+            step = _Step(frame, _NO_RULE, end=End.NO_TABLE_YET if region.table is None else End.NO_UNWIND_INFO)
+        else:
+            step = _step_of(frame, rule)
+        steps[pc] = step
         return step
 
 
-def _step_of(frame: int, table: UnwindTable | None, offset: int) -> _Step:
-    if table is None:
-        return _Step(frame, _NO_RULE, end=End.NO_TABLE_YET)
-    rule = table.at(offset)
-    if rule.cfa is Cfa.NONE:
-        return _Step(frame, _NO_RULE)
+def _is_trampoline(pc: int, memory: int) -> bool:
+    """Whether a signal's handler returns here, in a C library that does not say so (musl's, Go's): rt_sigreturn."""
+    try:
+        return os.pread(memory, len(_SIGRETURN), pc) == _SIGRETURN
+    except OSError:
+        return False
+
+
+def _step_of(frame: int, rule: Rule) -> _Step:
     places = {p.register: p for p in rule.places}
     back = places.pop(RA, None)
     if back is not None and back.at is At.UNDEFINED:
@@ -475,6 +502,3 @@ class _Stack:
         if not self.base <= addr < self.end and not self.read(addr, addr):
             return None
         return self.words[(addr - self.base) >> 3]
-
-
-__all__ = ["NewFile", "ProtocolError", "Stacks"]
