@@ -14,7 +14,10 @@ from typing import NoReturn
 
 from trapline.errors import SpecError, Unsupported
 from trapline.model import Capture, CaptureKind
+from trapline.protocol.stacks import DEFAULT_DEPTH, MAX_DEPTH
 
+CALLER = "caller"
+"""The innermost frame but one."""
 MAX_CAPTURES = 32
 MAX_STRING_BYTES = 4096
 DEFAULT_STRING_BYTES = 64
@@ -31,7 +34,7 @@ AT_RETURN = ("retval", "latency")
 """What only a return probe has."""
 _FLOATS = re.compile(r"[xyz]mm[0-9]+|st[0-7]?")
 _LATER_NAMES = {
-    "caller", "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
+    "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
     "func", "file", "line", "buildid", "traceparent", "errno", "ctx",
 }  # fmt: skip
 IF = re.compile(r"if(?![\w])")
@@ -244,6 +247,10 @@ class ExpressionReader:
             function = tree.func.id if isinstance(tree.func, ast.Name) else ast.unparse(tree.func)
             if function == "entry":
                 return self._lower(self._entry(tree, at, entry), source, start, entry=True)
+            if function == "ustack":
+                if entry:
+                    self.fail("a stack is taken where the probe is, at the return", at, suggestions=["ustack()"])
+                return stack(self._depth(tree, at))
             if function != "str":
                 self.later(f"`{function}()`", at, "captured are arg0 to arg5, reg.NAME and str(...) of them")
             if tree.keywords or not 1 <= len(tree.args) <= 2:
@@ -261,7 +268,22 @@ class ExpressionReader:
                     self.fail(f"a string's length is from 1 to {MAX_STRING_BYTES} bytes", limit_at)
                 size = limit.value
             return string(operand, size, entry=entry or late, late=late)
+        if isinstance(tree, ast.Name) and tree.id == CALLER:
+            if entry:
+                self.fail(f"`{CALLER}` is who is returned to, at a return too", at, suggestions=[CALLER])
+            return Capture(text=CALLER, name=CALLER, kind=CaptureKind.STACK, operand=CALLER, frames=1)
         return word(self._operand(tree, source, start, entry=entry), entry=entry)
+
+    def _depth(self, call: ast.Call, at: int) -> int:
+        """Returns how many frames ``ustack(...)`` is of."""
+        if call.keywords or len(call.args) > 1:
+            self.fail("ustack takes the most frames, if anything: ustack(20)", at)
+        if not call.args:
+            return DEFAULT_DEPTH
+        limit = call.args[0]
+        if not isinstance(limit, ast.Constant) or type(limit.value) is not int or not 1 <= limit.value <= MAX_DEPTH:
+            self.fail(f"a stack has 1 to {MAX_DEPTH} frames: ustack(20)", at)
+        return limit.value
 
     def _entry(self, call: ast.Call, at: int, inside: bool) -> ast.expr:
         """Returns what ``entry(...)`` is of."""
@@ -346,6 +368,12 @@ def string(operand: str, size: int = DEFAULT_STRING_BYTES, *, entry: bool = Fals
     return Capture(
         text=text, name=text, kind=CaptureKind.STRING, operand=operand, entry=entry, late=late, max_bytes=size
     )
+
+
+def stack(depth: int = DEFAULT_DEPTH) -> Capture:
+    """Returns the capture of the innermost frames of the thread's stack."""
+    text = "ustack()" if depth == DEFAULT_DEPTH else f"ustack({depth})"
+    return Capture(text=text, name=text, kind=CaptureKind.STACK, operand="ustack", frames=depth)
 
 
 def _column(source: str, node: ast.expr) -> int:

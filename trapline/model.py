@@ -53,6 +53,8 @@ class CaptureKind(StrEnum):
     """An unsigned 64-bit word."""
     STRING = "string"
     """Bytes up to the first NUL, at most ``max_bytes``."""
+    STACK = "stack"
+    """The thread's stack, at most ``frames`` of it."""
 
 
 class Capture(Model):
@@ -70,6 +72,8 @@ class Capture(Model):
     late: bool = False
     """With ``entry``: the string that it points to is read at the return, ``str(entry(arg1))``."""
     max_bytes: Annotated[int, Field(ge=1, le=4096)] = 64
+    frames: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Of a stack."""
 
 
 class ProbeSpec(Model):

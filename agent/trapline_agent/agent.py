@@ -31,6 +31,7 @@ from trapline_agent.resolve import Resolver
 from trapline_agent.targets.process import boot_id, list_processes
 from trapline_agent.tracer.client import Event, TracerClient
 from trapline_agent.tracer.messages import Exited
+from trapline_agent.unwind.tables import Tables
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Agent:
             tasks=self._tasks,
             changed=self._report,
             resolve_interval_s=self._settings.resolve_interval_s,
+            tables=Tables(self._settings.state_dir / "unwind"),
         )
         self._facts = host_facts(self._settings, tracer)
         self._background = [

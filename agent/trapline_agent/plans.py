@@ -42,7 +42,7 @@ LATENCY = "latency"
 
 
 class FetchPlan(msgspec.Struct, frozen=True):
-    """One captured value: a register, or the NUL-terminated string it points to."""
+    """One captured value: a register, or the NUL-terminated string it points to, or the stack."""
 
     name: str
     register: str
@@ -52,3 +52,12 @@ class FetchPlan(msgspec.Struct, frozen=True):
     """At a return: the register is that of the entry."""
     late: bool = False
     """With ``entry``: the string is read at the return."""
+    stack: int = 0
+    """The most frames of the thread's stack; 0: it is none. The register has no meaning then."""
+    skip: int = 0
+    """Innermost frames to leave out of the stack."""
+
+    @property
+    def column(self) -> str:
+        """The type of its column (``trapline.protocol.hits``)."""
+        return "stack" if self.stack else "str" if self.string else "u64"

@@ -39,6 +39,7 @@ from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
+from trapline_agent.unwind.tables import Tables
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ class Reconciler:
         tasks: asyncio.TaskGroup,
         changed: Callable[[str], None],
         resolve_interval_s: float = 5.0,
+        tables: Tables | None = None,
     ) -> None:
         """
         Args:
@@ -239,6 +241,7 @@ class Reconciler:
             tasks: the group that the probes' tasks run in.
             changed: called with a probe's id when ``observed`` would say something new of it.
             resolve_interval_s: seconds between two looks for further files.
+            tables: makes unwind tables.
         """
         self._host_id = host_id
         self._resolver = resolver
@@ -249,6 +252,9 @@ class Reconciler:
         self._held: set[str] = set()
         """What a joined tracer held already, until the desired set says whether it is still wanted."""
         self._watching: list[str] = []
+        self._tables = Tables() if tables is None else tables
+        self._told: dict[FileKey, tuple[int, int]] = {}
+        """Stamps of the files whose unwind tables the tracer has."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self.probes: dict[str, ProbeRun] = {}
 
@@ -305,6 +311,7 @@ class Reconciler:
     def tracer_up(self, tracer: TracerClient) -> None:
         """A tracer is there: everything desired is registered with it."""
         self._tracer, self._held = tracer, set(tracer.ready.probes)
+        self._told.clear()
         self._watching = []
         self._tasks.create_task(self._tell_loaders(tracer), name="loaders")
         self._watch()
@@ -326,13 +333,27 @@ class Reconciler:
             run.wake.set()
             self._changed(run.desired.id)
 
-    def handle(self, event: t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited) -> None:
+    async def _tell_table(self, tracer: TracerClient, wanted: t.FrameFile) -> None:
+        """Makes an unwind table, and hands it over if the tracer does not have it."""
+        made = await asyncio.to_thread(self._tables.make, wanted)
+        if made is None or tracer is not self._tracer or self._told.get(wanted.file) == made.stamp:
+            return
+        self._told[wanted.file] = made.stamp
+        with contextlib.suppress(ConnectionError):
+            tracer.set_frame_table(wanted.file, made.build_id, made.data)
+
+    def handle(
+        self, event: t.FrameFile | t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited
+    ) -> None:
         """Takes what the tracer reported unasked."""
         if isinstance(event, t.Mapped):
             name = os.path.basename(event.path)
             for run in self.probes.values():
                 if name in run.watched:
                     run.wake.set()
+        elif isinstance(event, t.FrameFile):
+            if self._tracer is not None:
+                self._tasks.create_task(self._tell_table(self._tracer, event), name="unwind-table")
         elif isinstance(event, t.LeaseEnded):
             # We were too slow to renew, and everything is out: bring it all up again.
             log.warning("the tracer's lease ended: registering every probe again")

@@ -107,7 +107,9 @@ class Host:
             max_hits=max_hits,
             returns=returns,
         )
-        consumer = self.table.publish(message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns))
+        consumer = self.table.publish(
+            message, lambda: HitRing(fetches, max_hits=max_hits, returns=returns, stacks=self.table.stacks)
+        )
         self._consumers[probe] = consumer
         self.looks.run(lambda: self.table.candidates(consumer), "scan")
         return Probe(self, consumer)

@@ -44,7 +44,14 @@ class Compared:
 
 
 def compare(
-    tmp: Path, program: Path, args: Sequence[str], stop: str, *, before: Sequence[str] = (), tables: bool = True, stdin: str = ""
+    tmp: Path,
+    program: Path,
+    args: Sequence[str],
+    stop: str,
+    *,
+    before: Sequence[str] = (),
+    tables: bool = True,
+    stdin: str = "",
 ) -> Compared:
     """Runs a program under gdb up to a breakpoint, and takes both backtraces there.
 

@@ -21,8 +21,9 @@ def provide(stacks: Stacks, wanted: list[NewFile], maker: Tables) -> None:
     """Makes what is asked for, and hands it over."""
     while wanted:
         new = wanted.pop()
-        build_id, table = maker.make(new)
-        stacks.add(new.file, build_id, table)
+        made = maker.make(new)
+        assert made is not None, new
+        stacks.add(new.file, made.build_id, made.data)
 
 
 def main(path: Path) -> None:

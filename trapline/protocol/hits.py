@@ -13,9 +13,9 @@ strings, sites and process names are tables in its own header, so it can be stor
 who came late (docs/adr/0003 says why they are not interned per connection).
 
 Fixed columns: ``ts`` u64 (CLOCK_MONOTONIC ns of the host), ``pid`` u32, ``tid`` u32, ``site`` u32 (index into
-``sites``). Then for each captured value a column by its name, u64 words or u32 indices into ``strings``, and after all of
-them for each a u8 column ``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of
-(probe, source); they begin at 0.
+``sites``). Then for each captured value a column by its name, u64 words or u32 indices into ``strings`` (texts, or packed
+stacks, whose files are in ``files``: ``trapline.protocol.stacks``), and after all of them for each a u8 column ``NAME?``
+with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of (probe, source); they begin at 0.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import numpy.typing as npt
 
 from trapline.errors import ProtocolError
 from trapline.model import Hit
+from trapline.protocol import stacks
+from trapline.protocol.stacks import StackFile
 
 MAGIC = b"TLH1"
 MAX_ROWS = 65_536
@@ -42,8 +44,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "u64": np.dtype("<u8"),
     "u32": np.dtype("<u4"),
     "str": np.dtype("<u4"),
+    "stack": np.dtype("<u4"),
     "u8": np.dtype("u1"),
 }
+_INDICES = frozenset(("str", "stack"))
 FIXED = (("ts", "u64"), ("pid", "u32"), ("tid", "u32"), ("site", "u32"))
 STATUS_SUFFIX = "?"
 
@@ -65,7 +69,8 @@ class ValueStatus(IntEnum):
 
 
 class Column(msgspec.Struct, frozen=True):
-    """Name and type (``u64 u32 str u8``) of a column; ``str`` is a u32 index into the header's ``strings``."""
+    """Name and type (``u64 u32 str stack u8``) of a column; ``str`` and ``stack`` are u32 indices into the header's
+    ``strings``."""
 
     name: str
     type: str
@@ -88,6 +93,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     columns: list[Column]
     generation: int = 1
     strings: list[bytes] = []
+    files: dict[int, StackFile] = {}
+    """Files that frames of its stacks are in, by their numbers; these hold for the tracer's life (``source``'s)."""
     sites: list[str] = []
     comms: dict[int, str] = {}
     """Process names of the pids in this batch."""
@@ -134,6 +141,8 @@ class HitBatch:
                 value: int | str | None
                 if st > ValueStatus.TRUNCATED:
                     value = None
+                elif c.type == "stack":
+                    value = stacks.text(stacks.unpack(h.strings[int(self.columns[c.name][i])], h.files))
                 elif c.type == "str":
                     value = h.strings[int(self.columns[c.name][i])].decode("utf-8", "backslashreplace")
                 else:
@@ -219,17 +228,17 @@ def decode(frame: bytes | memoryview) -> HitBatch:
         raw = dtype.itemsize * header.count
         at += raw + _pad(raw)
     for c in header.columns:
-        if c.type == "str":
+        if c.type in _INDICES:
             ok = columns[c.name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             if ok.any() and int(columns[c.name][ok].max()) >= len(header.strings):
                 raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
     return HitBatch(header, columns)
 
 
-def schema(captures: Sequence[tuple[str, bool]]) -> list[Column]:
-    """Returns the columns of a probe that captures these (name, is_string) values."""
+def schema(captures: Sequence[tuple[str, str | bool]]) -> list[Column]:
+    """Returns the columns of a probe that captures these (name, type) values; True stands for ``str``, False for ``u64``."""
     columns = [Column(n, t) for n, t in FIXED]
-    columns += [Column(name, "str" if is_string else "u64") for name, is_string in captures]
+    columns += [Column(name, kind if isinstance(kind, str) else "str" if kind else "u64") for name, kind in captures]
     columns += [Column(name + STATUS_SUFFIX, "u8") for name, _ in captures]
     return columns
 
@@ -242,4 +251,4 @@ def row_dtype(columns: Sequence[Column]) -> np.dtype[Any]:
 
 def row_format(columns: Sequence[Column]) -> str:
     """Returns the ``struct`` format of ``row_dtype``: what ``struct.pack_into`` takes at the trap."""
-    return "<" + "".join({"u64": "Q", "u32": "I", "str": "I", "u8": "B"}[c.type] for c in columns)
+    return "<" + "".join({"u64": "Q", "u32": "I", "str": "I", "stack": "I", "u8": "B"}[c.type] for c in columns)

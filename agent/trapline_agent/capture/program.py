@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trapline.errors import Unsupported
+from trapline.expressions import CALLER
 from trapline.model import Capture, CaptureKind, ProbeKind
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS, RESULT_REGISTER
 from trapline_agent.plans import LATENCY, FetchPlan
@@ -33,6 +34,8 @@ def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY) -> lis
             max_bytes=c.max_bytes,
             entry=c.entry,
             late=c.late,
+            stack=c.frames,
+            skip=int(c.operand == CALLER and kind is ProbeKind.ENTRY),
         )
         for c in captures
     ]
@@ -40,6 +43,8 @@ def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY) -> lis
 
 def _register(capture: Capture) -> str:
     operand = capture.operand
+    if capture.kind is CaptureKind.STACK:
+        return "rip"
     if operand == "retval":
         return RESULT_REGISTER
     if operand == LATENCY:

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trapline.protocol.hits import Header, HitBatch, row_dtype, row_format, schema
+from trapline.protocol.stacks import StackFile, numbers_of
 from trapline_agent.capture.evaluate import Evaluator, Kept, ReturnEvaluator
 from trapline_agent.plans import FetchPlan
+from trapline_agent.unwind.walk import Stacks
 
 ROWS = 2048
 """Rows of a chunk: an agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""
 CHUNKS = 64
 """Full chunks that wait to be drained: 131,072 hits."""
 OVERHEAD_SAMPLES = 256
+_STACK_BYTES = 512 << 10
+"""Of a chunk's different stacks, which have to fit a batch's header (``hits.MAX_HEADER_BYTES``)."""
 
 
 class _Chunk:
@@ -47,6 +54,7 @@ class HitRing:
         *,
         max_hits: int = 0,
         returns: bool = False,
+        stacks: Stacks | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,14 +63,21 @@ class HitRing:
             fetches: what each hit captures.
             max_hits: hits to record; further ones are counted as limited. 0: all.
             returns: it is for a return probe: ``return_sink`` makes its sinks.
+            stacks: walks them, where a fetch is of one.
             on_data: called when a row is written to an empty ring, by the writing thread.
             on_limit: called once when ``max_hits`` is reached, likewise.
         """
-        self.columns = schema([(f.name, f.string) for f in fetches])
+        self._stacks = stacks or Stacks()
+        self.of_stacks = any(f.stack for f in fetches)
+        """Whether its hits have stacks."""
+        depth = sum(f.stack + 1 for f in fetches if f.stack)
+        self._max_stacks = max(1, _STACK_BYTES // (8 * depth)) if depth else sys.maxsize
+        """Texts and stacks of one chunk; without stacks only its rows are counted."""
+        self.columns = schema([(f.name, f.column) for f in fetches])
         self._dtype = row_dtype(self.columns)
         self._row = struct.Struct(row_format(self.columns))
-        self._evaluate = Evaluator(() if returns else fetches)
-        self._evaluate_return = ReturnEvaluator(fetches if returns else ())
+        self._evaluate = Evaluator(() if returns else fetches, self._stacks.walk)
+        self._evaluate_return = ReturnEvaluator(fetches if returns else (), self._stacks.walk)
         self._max = max_hits
         self._returns = returns
         self._on_data = on_data
@@ -114,10 +129,10 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS:
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
                 chunk = self._rotate()
             n = chunk.count
-            values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings)
+            values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings, pid)
             self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *values)
             chunk.count = n + 1
             self.hits += 1
@@ -139,6 +154,7 @@ class HitRing:
         size = self._row.size
         capture = evaluate.words if not evaluate.has_strings else None
         maximum = self._max
+        most = self._max_stacks
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
             with lock:
@@ -147,11 +163,13 @@ class HitRing:
                     return
                 chunk = self._chunk
                 n = chunk.count
-                if n == ROWS:
+                if n == ROWS or len(chunk.strings) >= most:
                     chunk = self._rotate()
                     n = 0
                 values = (
-                    capture(words) if capture is not None else evaluate(words, memory, chunk.interned, chunk.strings)
+                    capture(words)
+                    if capture is not None
+                    else evaluate(words, memory, chunk.interned, chunk.strings, pid)
                 )
                 pack_into(chunk.buffer, n * size, ts, pid, tid, site, *values)
                 chunk.count = n + 1
@@ -222,10 +240,20 @@ class HitRing:
                 sites=list(sites),
                 comms={p: comms[p] for p in np.unique(rows["pid"]).tolist() if p in comms},
                 drops=drops,
+                files=self._files_of(chunk, rows),
             )
             drops = {}
             batches.append((chunk.count, HitBatch(header, {c.name: rows[c.name] for c in self.columns}).encode()))
         return batches
+
+    def _files_of(self, chunk: _Chunk, rows: npt.NDArray[Any]) -> dict[int, StackFile]:
+        """Returns the files that the stacks of a chunk have frames in."""
+        columns = [c.name for c in self.columns if c.type == "stack"]
+        if not columns:
+            return {}
+        which = np.unique(np.concatenate([rows[name] for name in columns])).tolist()
+        numbers = {number for i in which for number in numbers_of(chunk.strings[i])}
+        return {number: self._stacks.file(number) for number in sorted(numbers)}
 
     def median_overhead_ns(self) -> float:
         """Returns the median of the last samples, in ns; 0.0 before the first."""

@@ -293,7 +293,9 @@ class ElfFile:
                     size = min(int(load["filesz"]) - inside, self.size - int(load["offset"]) - inside)
                     sections = self._sections[self._sections["addr"] == vaddr]
                     sizes = [int(s["size"]) for s in sections if 0 < s["size"] <= size]
-                    return vaddr, self._read(int(load["offset"]) + inside, sizes[0] if sizes else size, ".eh_frame", limit)
+                    return vaddr, self._read(
+                        int(load["offset"]) + inside, sizes[0] if sizes else size, ".eh_frame", limit
+                    )
         return None
 
     # --- symbols

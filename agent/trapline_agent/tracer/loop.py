@@ -24,6 +24,7 @@ from typing import Any
 
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
+from trapline.protocol.stacks import MAX_DEPTH
 from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
@@ -40,6 +41,7 @@ from trapline_agent.tracer.mappers import Held, MapperHook
 from trapline_agent.tracer.safeguard import Safeguard
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import Consumer, Table
+from trapline_agent.unwind.walk import NewFile
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class Tracer:
         self._safeguard = Safeguard(journal or path.with_suffix(".journal"))
         self._engine = PtraceEngine(self._table, self._safeguard.journal)
         self._table.on_exit = self._process_ended
+        self._table.stacks.want = self._want_table
         self._guard = Guard(self._table, self._look_at)
         self._capabilities = self._engine.capabilities()
         self._looks = Looks(self._engine)
@@ -288,6 +291,8 @@ class Tracer:
                 case m.Spare(self_pids=pids):
                     self._spare(pids)
                     self._reconcile_all()
+                case m.FrameTable(file=file, build_id=build_id, table=table):
+                    self._table.stacks.add(file, build_id, table)
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
                     if self._table.consumers:
@@ -343,6 +348,7 @@ class Tracer:
             probes=[c.probe for c in self._table.consumers],
         )
         self._shipper.connect(self._agent.socket, ready)
+        self._table.stacks.ask_again()
         self._stats.clear()
 
     def _spare(self, pids: Iterable[int]) -> None:
@@ -384,6 +390,7 @@ class Tracer:
                 message.fetches,
                 max_hits=message.max_hits,
                 returns=message.returns,
+                stacks=self._table.stacks,
                 on_data=self._shipper.data,
                 on_limit=lambda: self._post(lambda: self._complete(message.probe, made)),
             )
@@ -555,6 +562,10 @@ class Tracer:
             )
         ]
 
+    def _want_table(self, new: NewFile) -> None:
+        """On a tracer thread: code was met whose file's unwind table is not there."""
+        self._shipper.send(m.FrameFile(file=new.file, path=new.path, pid=new.pid, start=new.start, end=new.end))
+
     def _stats_of(self, consumer: Consumer) -> m.Stats:
         ring = consumer.ring
         return m.Stats(
@@ -696,6 +707,8 @@ def _check_register(message: m.Register) -> None:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
     for fetch in message.fetches:
+        if not 0 <= fetch.stack <= MAX_DEPTH or not 0 <= fetch.skip <= MAX_DEPTH or (fetch.stack and fetch.entry):
+            raise EngineError(f"capture {fetch.name} of probe {message.probe}: {fetch.stack} frames of a stack")
         if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
             continue
         if fetch.register not in REGISTERS:

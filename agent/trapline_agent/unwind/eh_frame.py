@@ -29,10 +29,17 @@ _OP_LIT, _OP_BREG, _OP_DEREF, _OP_AND, _OP_PLUS, _OP_PLUS_UCONST, _OP_SHL, _OP_G
     0x30, 0x70, 0x06, 0x1A, 0x22, 0x23, 0x24, 0x2A,
 )  # fmt: skip
 
+_OFFSETS = frozenset((0x05, 0x11, 0x14, 0x15, 0x2F))
+"""DW_CFA_offset_extended, _sf, val_offset, _sf, GNU_negative_offset_extended"""
+
 _Cfa = tuple[int, int, int, int]
 """(kind, register, offset, extra)"""
 _Regs = dict[int, tuple[int, int, int]]
 """register: (where, other register, offset)"""
+
+
+_Key = tuple[_Cfa, bool, tuple[tuple[int, tuple[int, int, int]], ...]]
+"""A rule, before it is made one: (CFA, signal, registers in order)."""
 
 
 class _Bad(Exception):
@@ -71,7 +78,7 @@ class _Reader:
         self._elf = elf
         self._vaddr = vaddr
         self._data = data
-        self._rules: dict[object, int] = {(_NONE, False, ()): 0}
+        self._rules: dict[_Key, int] = {(_NONE, False, ()): 0}
         self._starts: list[int] = []
         self._which: list[int] = []
         segments = sorted((s for s in elf.segments), key=lambda s: s.vaddr)
@@ -81,8 +88,6 @@ class _Reader:
     def table(self) -> UnwindTable:
         data, at, end = self._data, 0, len(self._data)
         cies: dict[int, _Cie | None] = {}
-        spans: list[tuple[int, int, int]] = []
-        """(file offset, behind its end, first row) of each function"""
         while at + 4 <= end:
             length = int.from_bytes(data[at : at + 4], "little")
             if length == 0:
@@ -99,8 +104,8 @@ class _Reader:
                 if cie == 0:
                     cies[begin] = self._cie(body + 4, stop)
                 elif (known := cies.get(body - cie)) is not None:
-                    self._fde(known, body + 4, stop, spans)
-            except _Bad:
+                    self._fde(known, body + 4, stop)
+            except (_Bad, IndexError):
                 cies.setdefault(begin, None)
             if len(self._starts) > MAX_ROWS:
                 raise ResolveError(
@@ -162,7 +167,7 @@ class _Reader:
         cfa, regs = self._run(cie, at, stop, 0, None)
         return cie._replace(cfa=cfa, regs=regs)
 
-    def _fde(self, cie: _Cie, at: int, stop: int, spans: list[tuple[int, int, int]]) -> None:
+    def _fde(self, cie: _Cie, at: int, stop: int) -> None:
         start, at = self._encoded(at, cie.encoding)
         size, at = self._encoded(at, cie.encoding & 0x0F)
         if cie.augmented:
@@ -179,7 +184,7 @@ class _Reader:
         before = len(self._starts)
         try:
             self._run(cie, at, stop, begin, end)
-        except _Bad:
+        except (_Bad, IndexError):
             self._emit(begin if len(self._starts) == before else self._starts[-1], _NONE, {}, False)
         # What lies behind the function's own end is none of its business.
         self._starts.append(end)
@@ -258,7 +263,7 @@ class _Reader:
             elif op == 0x13:  # def_cfa_offset_sf
                 n, at = sleb(at, stop)
                 cfa = (cfa[0], cfa[1], n * data_align, 0) if cfa[0] == Cfa.REGISTER else _UNSUPPORTED
-            elif op in (0x05, 0x11, 0x14, 0x15, 0x2F):  # offset_extended, _sf, val_offset, _sf, GNU_negative_offset_extended
+            elif op in _OFFSETS:
                 register, at = uleb(at, stop)
                 n, at = sleb(at, stop) if op in (0x11, 0x15) else uleb(at, stop)
                 n = n * data_align if op != 0x2F else -n * data_align
@@ -368,9 +373,9 @@ def _restore(regs: _Regs, initial: _Regs, register: int) -> None:
         regs.pop(register, None)
 
 
-def _made(key: object) -> Rule:
+def _made(key: _Key) -> Rule:
     """Returns the rule of an interned key; one with numbers that a table does not hold is unsupported."""
-    cfa, signal, regs = key  # type: ignore[misc]
+    cfa, signal, regs = key
     kind, register, offset, extra = cfa
     if kind == Cfa.NONE:
         return NO_RULE

@@ -165,9 +165,7 @@ def _rule(flat: Sequence[int]) -> Rule:
     try:
         cfa, register, offset, extra, signal = flat[:_FIXED]
         rest = flat[_FIXED:]
-        places = tuple(
-            Place(rest[i], At(rest[i + 1]), rest[i + 2], rest[i + 3]) for i in range(0, len(rest), _EACH)
-        )
+        places = tuple(Place(rest[i], At(rest[i + 1]), rest[i + 2], rest[i + 3]) for i in range(0, len(rest), _EACH))
         rule = Rule(Cfa(cfa), register, offset, extra, bool(signal), places)
     except (ValueError, IndexError) as e:
         raise ProtocolError(f"a rule of an unwind table is malformed: {e}") from e

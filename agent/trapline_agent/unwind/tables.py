@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trapline.errors import NotFound, ProtocolError, TraplineError
 from trapline_agent.plans import FileKey
@@ -22,6 +22,7 @@ from trapline_agent.unwind import eh_frame, table
 
 log = logging.getLogger(__name__)
 
+VDSO = "[vdso]"
 _KEPT = 256
 """Files whose tables are kept in memory."""
 _KEPT_BYTES = 64 << 20
@@ -46,6 +47,17 @@ class Wanted(Protocol):
     def end(self) -> int: ...
 
 
+class Made(NamedTuple):
+    """A file's table."""
+
+    stamp: tuple[int, int]
+    """Modification time in ns and size of the file: another one is another file, whatever its inode."""
+    build_id: str
+    """In hex; empty where it has none."""
+    data: bytes
+    """Encoded; empty where the file says nothing."""
+
+
 class Tables:
     """Makes tables. Any thread may call."""
 
@@ -53,31 +65,31 @@ class Tables:
         """``directory``: where they are kept for the next time; None: nowhere."""
         self._directory = directory
         self._lock = threading.Lock()
-        self._made: OrderedDict[tuple[FileKey, int, int], tuple[str, bytes]] = OrderedDict()
+        self._made: OrderedDict[tuple[FileKey, tuple[int, int]], Made] = OrderedDict()
 
-    def make(self, wanted: Wanted) -> tuple[str, bytes]:
-        """Returns a file's build-id and its encoded table; both are empty where it cannot be read, or says nothing."""
+    def make(self, wanted: Wanted) -> Made | None:
+        """Returns a file's table; None where it cannot be opened (now)."""
         try:
             fd = _open(wanted)
         except TraplineError as e:
             log.info("no unwind table of %s: %s", wanted.path, e)
-            return "", b""
+            return None
         try:
             st = os.fstat(fd)
-            key = (wanted.file, st.st_mtime_ns, st.st_size)
+            stamp = (0, 0) if wanted.path == VDSO else (st.st_mtime_ns, st.st_size)
             with self._lock:
-                if (known := self._made.get(key)) is not None:
-                    self._made.move_to_end(key)
+                if (known := self._made.get((wanted.file, stamp))) is not None:
+                    self._made.move_to_end((wanted.file, stamp))
                     return known
-            made = self._of(fd, wanted.path)
+            made = Made(stamp, *self._of(fd, wanted.path))
         except TraplineError as e:
             log.info("no unwind table of %s: %s", wanted.path, e)
-            made = "", b""
+            made = Made(stamp, "", b"")
         finally:
             os.close(fd)
         with self._lock:
-            self._made[key] = made
-            while len(self._made) > _KEPT or sum(len(t) for _, t in self._made.values()) > _KEPT_BYTES:
+            self._made[wanted.file, stamp] = made
+            while len(self._made) > _KEPT or sum(len(m.data) for m in self._made.values()) > _KEPT_BYTES:
                 self._made.popitem(last=False)
         return made
 
@@ -110,15 +122,15 @@ class Tables:
 
 
 def _open(wanted: Wanted) -> int:
-    if wanted.path == "[vdso]":
-        return _vdso()
+    if wanted.path == VDSO:
+        return open_vdso()
     mapping = Mapping(
         wanted.start, wanted.end, "r-xp", 0, wanted.file.dev, wanted.file.inode, os.fsdecode(wanted.path), False
     )
     return open_mapped(wanted.pid, mapping)
 
 
-def _vdso() -> int:
+def open_vdso() -> int:
     """Opens a copy of the kernel's own library: the same in all 64-bit processes (vdso(7)), so this one's."""
     found = _VDSO.search(read_maps(os.getpid()))
     if found is None:

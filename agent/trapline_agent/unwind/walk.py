@@ -27,7 +27,7 @@ from trapline_agent.arch.x86_64.registers import INDEX, RIP
 from trapline_agent.arch.x86_64.registers import RSP as RSP_WORD
 from trapline_agent.plans import FileKey
 from trapline_agent.targets import maps
-from trapline_agent.unwind.table import EMPTY, RA, RBP, RSP, At, Cfa, NO_RULE, Place, Rule, UnwindTable, decode
+from trapline_agent.unwind.table import EMPTY, NO_RULE, RA, RBP, RSP, At, Cfa, Place, Rule, UnwindTable, decode
 
 _FIRST_BYTES = 4096
 _MORE_BYTES = 16384
@@ -42,6 +42,7 @@ _MAX_TABLE_ROWS = 32_000_000
 """Of all tables together: 256 MB."""
 _LOOK_AGAIN_NS = 100_000_000
 """How often a process' mappings are read again because an address is in none of them."""
+_ASK_AGAIN_NS = 1_000_000_000
 _MASK = (1 << 64) - 1
 _VDSO = b"[vdso]"
 _EXECUTABLE = re.compile(
@@ -116,14 +117,16 @@ class Stacks:
     """What is known of all processes: files, tables, mappings. Any thread may call; a process is walked by one at a time."""
 
     def __init__(self, want: Callable[[NewFile], None] = lambda new: None) -> None:
-        """``want``: asked for a file's table, once, by the thread that walks; the answer is ``add``."""
-        self._want = want
+        """``want``: asked for a file's table by the thread that walks, whenever a process is met that has it: the file may
+        be another one than the last time. The answer is ``add``; none is needed where nothing has changed."""
+        self.want = want
         self._lock = threading.Lock()
         self._numbers: dict[tuple[FileKey, str], int] = {}
         self._files: list[StackFile] = [StackFile(path="")]
         self._tables: dict[FileKey, UnwindTable] = {}
         self._rows = 0
-        self._asked: set[FileKey] = set()
+        self._asked: dict[FileKey, int] = {}
+        """CLOCK_MONOTONIC ns."""
         self._spaces: dict[int, _Space] = {}
         self.epoch = 0
         """Counts up when a table comes."""
@@ -144,11 +147,16 @@ class Stacks:
                 ]
             self.epoch += 1
 
-    def forget_agent(self) -> None:
-        """Another agent has come: what the last one did not answer is asked again."""
+    def ask_again(self) -> None:
+        """Another agent has come: all is asked of it that is met."""
         with self._lock:
-            self._asked = set(self._tables)
+            self._asked.clear()
             self.epoch += 1
+
+    def meet(self, pid: int, text: bytes) -> None:
+        """Asks for the tables of what a process maps, by its maps text, before its stacks are walked."""
+        for found in _EXECUTABLE.finditer(text):
+            self.region(pid, found)
 
     def changed(self, pid: int) -> None:
         """A process' mappings may have changed."""
@@ -196,12 +204,14 @@ class Stacks:
         if not is_file and name != _VDSO:
             return _Region(first, last, 0, number, EMPTY)
         key = file if is_file else FileKey("", 0)
-        table = self._tables.get(key)
-        if table is None and key not in self._asked:
+        now = time.monotonic_ns()
+        if now - self._asked.get(key, -_ASK_AGAIN_NS) >= _ASK_AGAIN_NS:
             with self._lock:
-                self._asked.add(key)
-            self._want(NewFile(key, path, pid, first, last))
-        return _Region(first, last, int(offset, 16), number, table)
+                if len(self._asked) >= _MAX_FILES:
+                    self._asked.clear()
+                self._asked[key] = now
+            self.want(NewFile(key, path, pid, first, last))
+        return _Region(first, last, int(offset, 16), number, self._tables.get(key))
 
     def _number(self, file: FileKey, path: str) -> int:
         with self._lock:
@@ -212,7 +222,8 @@ class Stacks:
                 number = self._numbers[file, path] = len(self._files)
                 key = f"{file.dev} {file.inode}" if file.inode else ""
                 known = next((f.build_id for f in self._files if key and f.file == key), "")
-                self._files.append(StackFile(path=path.encode("utf-8", "backslashreplace").decode(), file=key, build_id=known))
+                shown = path.encode("utf-8", "backslashreplace").decode()
+                self._files.append(StackFile(path=shown, file=key, build_id=known))
             return number
 
 
@@ -309,7 +320,8 @@ class _Space:
         flags, exact = 0, True
         while True:
             pc, sp = regs[RA], regs[RSP]
-            assert pc is not None and sp is not None
+            assert pc is not None
+            assert sp is not None
             steps = self._exact if exact else self._calls
             step = steps.get(pc) or self._step(pc, stack.memory, exact=exact)
             frames.append(step.frame)
