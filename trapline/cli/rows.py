@@ -7,12 +7,13 @@ thousands of hits a second on the CPU that the traced programs run on too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from trapline.model import Hit
 from trapline.protocol.hits import FIXED, STATUS_SUFFIX, HitBatch, ValueStatus
+from trapline.protocol.stacks import Name, lines, place, text, unpack
 
 _ADDRESS = 1 << 32
 _JSON_EXACT = 2**53
@@ -66,7 +67,9 @@ class Clock:
 class Lines:
     """Turns batches into lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: Name | None = None) -> None:
+        """``name``: names the frames of stacks; by default they are shown as places in files."""
+        self._name = name or (lambda frame: (place(frame),))
         self._local = Clock()
         self._utc = Clock(time.gmtime, "%Y-%m-%dT%H:%M:%S")
 
@@ -77,18 +80,33 @@ class Lines:
         comms = {pid: plain(comm) for pid, comm in h.comms.items()}
         labels = [plain(site) for site in h.sites]
         args = list(zip(*self._captured(batch, stop), strict=True)) or [()] * len(ts)
+        frames = list(zip(*self._stacks(batch, stop), strict=True)) or [()] * len(ts)
         clock, offset = self._local, h.clock_offset
-        lines = []
-        for at, pid, tid, site, values in zip(ts, pids, tids, sites, args, strict=True):
+        out: list[str] = []
+        for at, pid, tid, site, values, stacks in zip(ts, pids, tids, sites, args, frames, strict=True):
             who = f"{pid}" if pid == tid else f"{pid}/{tid}"
             label = labels[site] if site < len(labels) else "?"
-            lines.append(f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(values)})\n")
-        return "".join(lines)
+            out.append(f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(values)})\n")
+            out += stacks
+        return "".join(out)
+
+    def _stacks(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
+        """Yields for each captured stack a column of its frames, a line each."""
+        h = batch.header
+        for column in h.columns[len(FIXED) :]:
+            if column.type != "stack":
+                continue
+            which = batch.columns[column.name][:stop].tolist()
+            texts = {
+                i: "".join(f"        {plain(line)}\n" for line in lines(unpack(h.strings[i], h.files), self._name))
+                for i in set(which)
+            }
+            yield [texts[i] for i in which]
 
     def _captured(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
         strings = [quote(s.decode("utf-8", "backslashreplace")) for s in batch.header.strings]
         for column in batch.header.columns[len(FIXED) :]:
-            if column.name.endswith(STATUS_SUFFIX):
+            if column.name.endswith(STATUS_SUFFIX) or column.type == "stack":
                 continue
             prefix = f"{column.name}="
             values = batch.columns[column.name][:stop].tolist()
@@ -109,17 +127,21 @@ class Lines:
         h = batch.header
         ts, pids, tids, sites = (batch.columns[name][:stop].tolist() for name, _ in FIXED)
         strings = [s.decode("utf-8", "backslashreplace") for s in h.strings]
-        captured = [
+        captured: list[tuple[str, Sequence[str] | Mapping[int, str] | None, list[int], list[int]]] = [
             (
                 column.name,
-                strings if column.type == "str" else None,
+                strings
+                if column.type == "str"
+                else self._texts(batch, column.name)
+                if column.type == "stack"
+                else None,
                 batch.columns[column.name][:stop].tolist(),
                 batch.columns[column.name + STATUS_SUFFIX][:stop].tolist(),
             )
             for column in h.columns[len(FIXED) :]
             if not column.name.endswith(STATUS_SUFFIX)
         ]
-        lines = []
+        out = []
         for i, (at, pid, tid, site) in enumerate(zip(ts, pids, tids, sites, strict=True)):
             args: dict[str, int | str | None] = {}
             status: dict[str, str] = {}
@@ -147,8 +169,13 @@ class Lines:
                 "args": args,
                 "status": status,
             }
-            lines.append(_encode(hit).decode())
-        return "\n".join(lines) + "\n"
+            out.append(_encode(hit).decode())
+        return "\n".join(out) + "\n"
+
+    def _texts(self, batch: HitBatch, column: str) -> dict[int, str]:
+        h = batch.header
+        which = set(batch.columns[column].tolist())
+        return {i: text(unpack(h.strings[i], h.files), self._name) for i in which}
 
 
 _STATES = frozenset(ValueStatus)

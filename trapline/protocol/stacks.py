@@ -73,6 +73,11 @@ class Stack(msgspec.Struct, frozen=True):
     end: End
     by_frame_pointer: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all the frames that were asked for."""
+        return self.end <= End.LIMIT
+
 
 _NOWHERE = StackFile("")
 
@@ -105,30 +110,36 @@ def place(frame: Frame) -> str:
     return f"{name}+{frame.offset:#x}" if name else f"{frame.offset:#x}"
 
 
-def text(stack: Stack, name: Callable[[Frame], Iterable[str]] = lambda frame: (place(frame),)) -> str:
-    """Returns a stack on one line, innermost first, as ``a < b < c``; one that is cut off ends in its reason.
+Name = Callable[[Frame], Iterable[str]]
+"""The names of a frame: the functions that are inlined there, innermost first, then the function itself."""
 
-    Args:
-        stack: unpacked.
-        name: the names of a frame, inlined functions first.
-    """
+
+def _placed(frame: Frame) -> Iterable[str]:
+    return (place(frame),)
+
+
+def lines(stack: Stack, name: Name = _placed) -> list[str]:
+    """Returns a stack's names, innermost first; one that could not be followed ends in the reason."""
     names = [n for frame in stack.frames for n in name(frame)]
-    if stack.end is not End.COMPLETE:
+    if not stack.is_whole:
         names.append(f"[{stack.end.text}]")
-    return " < ".join(names)
+    return names
 
 
-def folded(stack: Stack, name: Callable[[Frame], Iterable[str]], *, root: Sequence[str] = ()) -> str:
+def text(stack: Stack, name: Name = _placed) -> str:
+    """Returns a stack on one line, as ``malloc <- operator new <- main``."""
+    return " <- ".join(lines(stack, name))
+
+
+def folded(stack: Stack, name: Name = _placed, *, root: Sequence[str] = ()) -> str:
     """Returns a stack as flamegraph.pl and speedscope read it: outermost first, separated by semicolons.
 
     Args:
-        stack: unpacked; one that is cut off has its reason in the place of what is missing.
-        name: as for ``text``.
+        stack: unpacked; one that could not be followed has the reason in the place of what is missing.
+        name: names its frames.
         root: what comes before it all, such as the process' name.
     """
-    names = [n for frame in stack.frames for n in name(frame)]
-    if stack.end not in (End.COMPLETE, End.LIMIT):
-        names.append(f"[{stack.end.text}]")
+    names = lines(stack, name)
     return ";".join(n.translate(_NOT_IN_FOLDED) for n in (*root, *reversed(names)))
 
 

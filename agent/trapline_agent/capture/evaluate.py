@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 
 from trapline.protocol.hits import ValueStatus
+from trapline.protocol.stacks import End
 from trapline_agent.arch.x86_64.registers import INDEX
 from trapline_agent.plans import LATENCY, FetchPlan
 
+_WHOLE = bytes((End.LIMIT,))
 _USER_TOP = 0x7FFF_FFFF_F000
 """End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""
 
@@ -69,7 +71,7 @@ class Evaluator:
         for register, is_string, limit, depth, skip in self._fetches:
             word = words[register]
             if depth:
-                text, status = self._walk(pid, words, memory, depth, skip), ValueStatus.OK
+                text, status = _stack(self._walk(pid, words, memory, depth, skip))
             elif not is_string:
                 values.append(word)
                 statuses.append(ValueStatus.OK)
@@ -140,7 +142,7 @@ class ReturnEvaluator:
         for index, register, is_string, limit, depth, skip in self._at_return:
             word = kept[index] if index >= 0 else latency_ns if register < 0 else words[register]
             if depth:
-                text, status = self._walk(pid, words, memory, depth, skip), ValueStatus.OK
+                text, status = _stack(self._walk(pid, words, memory, depth, skip))
             elif not is_string and isinstance(word, int):
                 values.append(word)
                 statuses.append(ValueStatus.OK)
@@ -154,6 +156,10 @@ class ReturnEvaluator:
             values.append(known)
             statuses.append(status)
         return values + statuses
+
+
+def _stack(packed: bytes) -> tuple[bytes, ValueStatus]:
+    return packed, ValueStatus.OK if packed[:1] <= _WHOLE else ValueStatus.TRUNCATED
 
 
 def read_string(memory: int, address: int, limit: int) -> tuple[bytes, ValueStatus]:
