@@ -37,9 +37,10 @@ from trapline.model import (
 from trapline.protocol.messages import Observed
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan
+from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
-from trapline_agent.unwind.tables import Tables
+from trapline_agent.unwind.tables import VDSO, Tables
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ _KEEP_COVERAGE = 1000
 """Entries of a probe's coverage log."""
 _TRACER_ENDED = "the tracer that had it armed ended; calls until this one armed it again were not counted"
 _ERROR_PAUSE_S = 1.0
+_PRELOADED = 64
+_PRELOAD_S = 3.0
+"""Files, and seconds, for unwind tables before a probe with stacks is armed; the others come when they are met."""
 _UNKNOWN = ProbeSpec(text="", object="/", point=Point(kind=PointKind.OFFSET))
 """Stands for the text of a probe that is only known to be removed."""
 
@@ -342,6 +346,25 @@ class Reconciler:
         with contextlib.suppress(ConnectionError):
             tracer.set_frame_table(wanted.file, made.build_id, made.data)
 
+    async def _preload(self, tracer: TracerClient, run: ProbeRun) -> None:
+        """Hands over the unwind tables that the first stacks are likely to need: a program that has just begun does not
+        wait until its files' are made."""
+        plans = [*await asyncio.to_thread(self._resolver.loaders), *run.registered.plans.values()]
+        found = {p.file: t.FrameFile(file=p.file, path=p.path, pid=os.getpid(), start=0, end=0) for p in plans}
+        pid = run.registered.where.get("pid") or run.registered.where.get("tree", "")
+        if pid.isdecimal():
+            with contextlib.suppress(OSError):
+                for m in executable_mappings(int(pid)):
+                    found[m.file] = t.FrameFile(file=m.file, path=m.path, pid=int(pid), start=m.start, end=m.end)
+        wanted = [
+            t.FrameFile(file=FileKey("", 0), path=VDSO, pid=0, start=0, end=0),
+            *list(found.values())[:_PRELOADED],
+        ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PRELOAD_S):
+                for file in wanted:
+                    await self._tell_table(tracer, file)
+
     def handle(
         self, event: t.FrameFile | t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited
     ) -> None:
@@ -458,6 +481,8 @@ class Reconciler:
                 self._changed(desired.id)
 
     async def _register(self, run: ProbeRun, tracer: TracerClient, desired: DesiredProbe) -> TraplineError | None:
+        if any(fetch.stack for fetch in run.registered.fetches):
+            await self._preload(tracer, run)
         max_hits = desired.limits.max_hits or 0
         if max_hits and run.past_hits and desired.id not in tracer.ready.probes:
             # A tracer that has it still counts on from where it was.

@@ -86,30 +86,36 @@ class Lines:
         for at, pid, tid, site, values, stacks in zip(ts, pids, tids, sites, args, frames, strict=True):
             who = f"{pid}" if pid == tid else f"{pid}/{tid}"
             label = labels[site] if site < len(labels) else "?"
-            out.append(f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(values)})\n")
+            out.append(
+                f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(v for v in values if v)})\n"
+            )
             out += stacks
         return "".join(out)
 
     def _stacks(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
-        """Yields for each captured stack a column of its frames, a line each."""
+        """Yields for each captured stack a column of its frames, a line each; empty for a single one (``caller``), which is
+        shown as a value."""
         h = batch.header
         for column in h.columns[len(FIXED) :]:
             if column.type != "stack":
                 continue
             which = batch.columns[column.name][:stop].tolist()
-            texts = {
-                i: "".join(f"        {plain(line)}\n" for line in lines(unpack(h.strings[i], h.files), self._name))
-                for i in set(which)
-            }
-            yield [texts[i] for i in which]
+            found = {i: lines(unpack(h.strings[i], h.files), self._name) for i in set(which)}
+            texts = {i: "".join(f"        {plain(n)}\n" for n in names) for i, names in found.items() if len(names) > 1}
+            yield [texts.get(i, "") for i in which]
 
     def _captured(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
         strings = [quote(s.decode("utf-8", "backslashreplace")) for s in batch.header.strings]
         for column in batch.header.columns[len(FIXED) :]:
-            if column.name.endswith(STATUS_SUFFIX) or column.type == "stack":
+            if column.name.endswith(STATUS_SUFFIX):
                 continue
             prefix = f"{column.name}="
             values = batch.columns[column.name][:stop].tolist()
+            if column.type == "stack":
+                h = batch.header
+                found = {i: lines(unpack(h.strings[i], h.files), self._name) for i in set(values)}
+                yield ["" if len(found[i]) > 1 else prefix + plain("".join(found[i])) for i in values]
+                continue
             states = batch.columns[column.name + STATUS_SUFFIX][:stop].tolist()
             is_string = column.type == "str"
             cells = []
