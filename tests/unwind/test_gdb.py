@@ -12,6 +12,9 @@ from tests.support import needs
 from tests.support.children import run
 from tests.support.targets import Targets
 from tests.unwind.gdb import Compared, compare
+from trapline.protocol.stacks import Frame, StackFile
+from trapline_agent.targets.files import file_key
+from trapline_agent.unwind.names import Names
 
 pytestmark = [needs.gcc, needs.gdb, needs.x86_64]
 
@@ -39,6 +42,26 @@ def test_deep_recursion(targets: Targets, tmp_path: Path) -> None:
     found = compare(tmp_path, targets.build("stacks"), ["deep 1000"], "target_here")
     same(found)
     assert found.names.count("target_down") == 1000
+
+
+@pytest.mark.parametrize("way", ["sort", "signal", "thread"])
+def test_a_static_program(targets: Targets, tmp_path: Path, way: str) -> None:
+    """It has no PT_GNU_EH_FRAME, and a C library of its own."""
+    same(compare(tmp_path, targets.build("stacks", "-static"), [way], "target_here"))
+
+
+@needs.musl
+@pytest.mark.parametrize("way", ["deep 3", "signal"])
+def test_musl(targets: Targets, tmp_path: Path, way: str) -> None:
+    """Its signal trampoline says nothing; it is known by its code, of which gdb knows nothing either."""
+    program = targets.build("stacks", "-static", "-fno-pie", "-no-pie", compiler="musl-gcc")
+    found = compare(tmp_path, program, [way], "target_here")
+    count = found.names.index("main" if way != "signal" else "handler") + 1
+    assert found.ours[:count] == found.gdb[:count]
+    key = file_key(str(program))
+    names = [Names()(Frame(StackFile(path, file=f"{key.dev} {key.inode}"), offset))[0] for path, offset in found.ours]
+    assert names[names.index("main") - 1] == "obey"
+    assert way != "signal" or "target_raise" in names
 
 
 @pytest.mark.parametrize("stop", ["__vdso_clock_gettime", "clock_gettime"])

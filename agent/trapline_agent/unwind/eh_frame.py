@@ -108,9 +108,7 @@ class _Reader:
             except (_Bad, IndexError):
                 cies.setdefault(begin, None)
             if len(self._starts) > MAX_ROWS:
-                raise ResolveError(
-                    f"{self._elf.path} has more than {MAX_ROWS:,} rows of unwind information", reason="TooLarge"
-                )
+                raise ResolveError(f"{self._elf.path} has more than {MAX_ROWS:,} rows of unwind information")
             at = stop
         return self._sorted()
 
