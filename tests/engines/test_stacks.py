@@ -81,17 +81,17 @@ def test_a_stack_at_each_instruction_of_a_prologue(host: Host, targets: Targets,
     # push %rbp; mov %rsp, %rbp; push %rbx or sub; ...: -O0 prologues begin so
     at = {"first": 0, "second": 1, "third": 4, "fourth": 8}[offset]
     wanted = with_tables(host)
-    with targets.run("stacks", flags=("-O0", "-fno-omit-frame-pointer", "-fcf-protection=none")) as child:
-        with host.untouched(child.pid):
-            probe = host.register(host.files.plan(program, "target_down", offset=at), fetches=[STACK], pid=child.pid)
-            provide(host.table.stacks, wanted, Tables())
-            child.ask("deep 2")
-            assert [named(s) for s in stacks_of(probe)] == [
-                ["target_down", "obey", "main"],
-                ["target_down", "target_down", "obey", "main"],
-            ]
-            probe.unregister()
-            host.engine.close()
+    run = targets.run("stacks", flags=("-O0", "-fno-omit-frame-pointer", "-fcf-protection=none"))
+    with run as child, host.untouched(child.pid):
+        probe = host.register(host.files.plan(program, "target_down", offset=at), fetches=[STACK], pid=child.pid)
+        provide(host.table.stacks, wanted, Tables())
+        child.ask("deep 2")
+        assert [named(s) for s in stacks_of(probe)] == [
+            ["target_down", "obey", "main"],
+            ["target_down", "target_down", "obey", "main"],
+        ]
+        probe.unregister()
+        host.engine.close()
 
 
 def test_through_libc_and_signal_frames(host: Host, targets: Targets) -> None:

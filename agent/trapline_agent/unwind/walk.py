@@ -285,7 +285,8 @@ class _Space:
             else:
                 found = self._by_frame_pointer(len(frames) == 1, sp, bp, stack)
                 if found is None:
-                    return frames, (End.COMPLETE if bp == 0 and len(frames) > 1 else why) | flags
+                    # A chain of frame pointers ends in 0: System V ABI, AMD64 supplement, 3.4.1.
+                    return frames, (End.COMPLETE if bp == 0 and flags else why) | flags
                 pc, cfa, bp = found
                 flags = BY_FRAME_POINTER
                 base, end, window = stack.base, stack.end, stack.words
@@ -333,7 +334,7 @@ class _Space:
                 bp = regs[RBP]
                 found = self._by_frame_pointer(len(frames) == 1, sp, bp, stack) if bp is not None else None
                 if found is None:
-                    return frames, (End.COMPLETE if bp == 0 and len(frames) > 1 else step.end) | flags
+                    return frames, (End.COMPLETE if bp == 0 and flags else step.end) | flags
                 flags = BY_FRAME_POINTER
                 regs[RA], cfa, regs[RBP] = found
                 regs[RSP], exact = cfa, False
