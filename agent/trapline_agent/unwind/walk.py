@@ -397,7 +397,7 @@ class _Space:
         if bp & 7 or not sp <= bp <= sp + _MAX_FRAME_BYTES:
             return None
         back, outer = stack.word(bp + 8), stack.word(bp)
-        if back is None or outer is None or (back and self._region(back) is None):
+        if not back or outer is None or self._region(back) is None:
             return None
         return back, bp + 16, outer
 
