@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from trapline.errors import ProtocolError
 from trapline.protocol import hits
 from trapline.protocol.hits import FIXED, Header, HitBatch, ValueStatus
+from trapline.protocol.stacks import BY_FRAME_POINTER, End, StackFile
 
 _WORD = st.integers(0, 2**64 - 1)
 
@@ -17,13 +20,17 @@ _WORD = st.integers(0, 2**64 - 1)
 @st.composite
 def batches(draw: st.DrawFn) -> HitBatch:
     names = draw(st.lists(st.text("abcxyz0()", min_size=1, max_size=8), unique=True, max_size=4))
-    captured = [(n, draw(st.booleans())) for n in names if n not in dict(FIXED)]
+    captured = [(n, draw(st.sampled_from(["u64", "str", "stack"]))) for n in names if n not in dict(FIXED)]
     count = draw(st.integers(1, 9))
-    strings = draw(st.lists(st.binary(max_size=12), min_size=1, max_size=5))
+    frames = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), max_size=9)
+    words = st.tuples(st.sampled_from(End), st.sampled_from([0, BY_FRAME_POINTER]), frames)
+    packed = words.map(lambda s: struct.pack(f"<{len(s[2]) + 1}Q", s[0] | s[1], *(f << 32 | o for f, o in s[2])))
+    texts = packed if any(kind == "stack" for _, kind in captured) else st.binary(max_size=12)
+    strings = draw(st.lists(texts, min_size=1, max_size=5))
     columns = hits.schema(captured)
     values = {}
     for c in columns:
-        top = {"u64": 2**64 - 1, "u32": 2**32 - 1, "str": len(strings) - 1, "u8": 6}[c.type]
+        top = {"u64": 2**64 - 1, "u32": 2**32 - 1, "str": len(strings) - 1, "stack": len(strings) - 1, "u8": 6}[c.type]
         values[c.name] = np.array(
             draw(st.lists(st.integers(0, top), min_size=count, max_size=count)), hits.row_dtype([c])[0]
         )
@@ -39,6 +46,7 @@ def batches(draw: st.DrawFn) -> HitBatch:
         clock_offset=draw(st.integers(0, 2**60)),
         columns=columns,
         strings=strings,
+        files={1: StackFile("/lib/x.so", build_id="ab", file="08:01 7"), 2: StackFile("[vdso]")},
         sites=["lib:f"],
         comms={1: "one"},
         drops=draw(st.dictionaries(st.sampled_from(["tracer-ring", "x"]), st.integers(1, 9))),

@@ -232,6 +232,11 @@ def decode(frame: bytes | memoryview) -> HitBatch:
             ok = columns[c.name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             if ok.any() and int(columns[c.name][ok].max()) >= len(header.strings):
                 raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
+        if c.type == "stack" and header.count:
+            for i in np.unique(columns[c.name]).tolist():
+                if i >= len(header.strings):
+                    raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
+                stacks.unpack(header.strings[i], header.files)
     return HitBatch(header, columns)
 
 

@@ -19,7 +19,7 @@ export class CodecError extends Error {
   override name = "CodecError";
 }
 
-type ColumnType = "u64" | "u32" | "str" | "u8";
+type ColumnType = "u64" | "u32" | "str" | "stack" | "u8";
 type ColumnData = BigUint64Array | Uint32Array | Uint8Array;
 
 export interface BatchHeader {
@@ -64,7 +64,7 @@ export interface HitRow {
 interface CapturedColumn {
   name: string;
   data: BigUint64Array | Uint32Array | Uint8Array;
-  isString: boolean;
+  type: ColumnType;
   status: Uint8Array;
 }
 
@@ -79,6 +79,7 @@ export class HitBatch {
     private readonly sites: Uint32Array,
     private readonly captured: readonly CapturedColumn[],
     private readonly strings: readonly Uint8Array[],
+    private readonly files: Readonly<Record<number, string>>,
   ) {}
 
   get count(): number {
@@ -107,8 +108,9 @@ export class HitBatch {
     const status = STATUS_TEXT[code] ?? `status-${code}`;
     if (code > 1) return { name: c.name, value: null, status };
     const raw = c.data[i] ?? 0;
-    if (!c.isString) return { name: c.name, value: BigInt(raw), status };
-    return { name: c.name, value: decodeText(this.strings[Number(raw)] ?? new Uint8Array()), status };
+    if (c.type !== "str" && c.type !== "stack") return { name: c.name, value: BigInt(raw), status };
+    const packed = this.strings[Number(raw)] ?? new Uint8Array();
+    return { name: c.name, value: c.type === "str" ? decodeText(packed) : stackText(packed, this.files), status };
   }
 }
 
@@ -151,7 +153,7 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
     if (name.endsWith(STATUS_SUFFIX)) continue;
     const status = columns.get(name + STATUS_SUFFIX)?.data;
     if (!(status instanceof Uint8Array)) throw new CodecError(`column ${name} has no status column`);
-    captured.push({ name, data: columns.get(name)!.data, isString: type === "str", status });
+    captured.push({ name, data: columns.get(name)!.data, type, status });
   }
   const header: BatchHeader = {
     host: text(raw["host"]),
@@ -176,7 +178,28 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
     columns.get("site")!.data as Uint32Array,
     captured,
     strings,
+    Object.fromEntries(
+      entries(raw["files"]).map(([number, file]) => [number, text(Object.fromEntries(entries(file))["path"])]),
+    ),
   );
+}
+
+/** Order of `End` in trapline/protocol/stacks.py. */
+const STACK_ENDS = ["complete", "limit", "no-unwind-info", "no-table-yet", "fault", "bad-pc", "loop", "unsupported"];
+
+/** A packed stack (trapline/protocol/stacks.py) on one line, innermost frame first; files are by number. */
+export function stackText(packed: Uint8Array, files: Readonly<Record<number, string>>): string {
+  if (packed.length === 0 || packed.length % 8 !== 0) return "[malformed]";
+  const words = new DataView(packed.buffer, packed.byteOffset, packed.byteLength);
+  const names: string[] = [];
+  for (let at = 8; at < packed.length; at += 8) {
+    const file = (files[words.getUint32(at + 4, true)] ?? "").split("/").at(-1);
+    const offset = `0x${words.getUint32(at, true).toString(16)}`;
+    names.push(file ? `${file}+${offset}` : offset);
+  }
+  const end = words.getUint8(0);
+  if (end > 1) names.push(`[${STACK_ENDS[end] ?? end}]`);
+  return names.join(" <- ");
 }
 
 function readHeader(bytes: Uint8Array): Record<string, unknown> {
@@ -208,6 +231,7 @@ function layOver(frame: ArrayBuffer, offset: number, count: number, type: Column
       return new BigUint64Array(frame, offset, count);
     case "u32":
     case "str":
+    case "stack":
       return new Uint32Array(frame, offset, count);
     case "u8":
       return new Uint8Array(frame, offset, count);
