@@ -38,6 +38,7 @@ from websockets.typing import Subprotocol
 from trapline.errors import AuthError, NotFound, ProtocolError, TraplineError, Unavailable
 from trapline.model import (
     CoverageLog,
+    FrameNames,
     Hit,
     Host,
     Model,
@@ -49,6 +50,8 @@ from trapline.model import (
     Problem,
     Process,
     Resolution,
+    StackFrame,
+    Symbolize,
     SymbolPage,
     Target,
 )
@@ -146,6 +149,11 @@ def _latest_hits(probe: str, host: str, limit: int) -> Exchange[list[Hit]]:
             break
         wanted["page_token"] = str(page["next_page_token"])
     return items
+
+
+def _symbolize(host: str, frames: Sequence[StackFrame]) -> Exchange[list[list[str]]]:
+    body = Symbolize(frames=list(frames))
+    return _read(FrameNames, (yield Request("POST", f"/hosts/{_segment(host)}:symbolize", body=body))).names
 
 
 def _create(action: str, body: ProbeCreate, model: type[M]) -> Exchange[M]:
@@ -396,6 +404,10 @@ class Client(_Base):
         """Searches symbols; one page for each host that was asked."""
         return self._run(_symbols(query, module, host, limit))
 
+    def symbolize(self, host: str, frames: Sequence[StackFrame]) -> list[list[str]]:
+        """Names frames of ``Hit.stacks``: for each the functions that are inlined there, then the function."""
+        return self._run(_symbolize(host, frames))
+
     def resolve(self, probe: str) -> Resolution:
         """Says what a probe text would do, and does nothing."""
         return self._run(_create("/probes:resolve", ProbeCreate(probe=probe), Resolution))
@@ -528,6 +540,9 @@ class AsyncClient(_Base):
 
     async def symbols(self, query: str, *, module: str = "", host: str = "", limit: int = 50) -> list[SymbolPage]:
         return await self._run(_symbols(query, module, host, limit))
+
+    async def symbolize(self, host: str, frames: Sequence[StackFrame]) -> list[list[str]]:
+        return await self._run(_symbolize(host, frames))
 
     async def resolve(self, probe: str) -> Resolution:
         return await self._run(_create("/probes:resolve", ProbeCreate(probe=probe), Resolution))

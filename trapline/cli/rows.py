@@ -188,12 +188,23 @@ _STATES = frozenset(ValueStatus)
 _clock = Clock()
 
 
-def format_hit(hit: Hit, probe: str) -> str:
-    """Returns a hit as the API gives it as a line for people; ``probe`` is the probe's name."""
-    values = []
+def format_hit(hit: Hit, probe: str, names: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Returns a hit as the API gives it as a line for people, stacks below it.
+
+    Args:
+        hit: the hit.
+        probe: the probe's name.
+        names: of each captured stack its functions, innermost first; by default shown as the hit has it.
+    """
+    values, below = [], []
     for name, value in hit.args.items():
         state = hit.status.get(name, "")
-        if value is None:
+        if (stack := (names or {}).get(name)) is not None:
+            if len(stack) == 1:
+                values.append(f"{name}={plain(stack[0])}")
+            else:
+                below += [f"\n        {plain(n)}" for n in stack]
+        elif value is None:
             values.append(f"{name}={'NULL' if state == 'null' else f'<{state}>'}")
         elif isinstance(value, int):
             values.append(f"{name}={word(value)}")
@@ -201,4 +212,4 @@ def format_hit(hit: Hit, probe: str) -> str:
             values.append(f"{name}={quote(value)}{'...' if state else ''}")
     who = f"{hit.pid}" if hit.pid == hit.tid else f"{hit.pid}/{hit.tid}"
     site = plain(hit.site) or plain(probe)
-    return f"{_clock(int(hit.ts_ns))} {who} {plain(hit.comm)} {site}({', '.join(values)})"
+    return f"{_clock(int(hit.ts_ns))} {who} {plain(hit.comm)} {site}({', '.join(values)}){''.join(below)}"

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trapline.errors import ProtocolError
-from trapline.model import Hit
+from trapline.model import Hit, StackFrame
 from trapline.protocol import stacks
 from trapline.protocol.stacks import StackFile
 
@@ -136,13 +136,16 @@ class HitBatch:
             wall = int(ts[i]) + h.clock_offset
             args: dict[str, int | str | None] = {}
             status: dict[str, str] = {}
+            frames: dict[str, list[StackFrame]] = {}
             for c in captured:
                 st = int(self.columns[c.name + STATUS_SUFFIX][i])
                 value: int | str | None
                 if st > ValueStatus.TRUNCATED:
                     value = None
                 elif c.type == "stack":
-                    value = stacks.text(stacks.unpack(h.strings[int(self.columns[c.name][i])], h.files))
+                    stack = stacks.unpack(h.strings[int(self.columns[c.name][i])], h.files)
+                    value = stacks.text(stack)
+                    frames[c.name] = [_frame(f) for f in stack.frames]
                 elif c.type == "str":
                     value = h.strings[int(self.columns[c.name][i])].decode("utf-8", "backslashreplace")
                 else:
@@ -166,7 +169,12 @@ class HitBatch:
                 site=h.sites[site] if site < len(h.sites) else "",
                 args=args,
                 status=status,
+                stacks=frames,
             )
+
+
+def _frame(frame: stacks.Frame) -> StackFrame:
+    return StackFrame(path=frame.file.path, build_id=frame.file.build_id, file=frame.file.file, offset=frame.offset)
 
 
 def _status_text(value: int) -> str:
