@@ -163,7 +163,7 @@ class HitRing:
                     return
                 chunk = self._chunk
                 n = chunk.count
-                if n == ROWS or len(chunk.strings) >= most:
+                if n == ROWS or (capture is None and len(chunk.strings) >= most):
                     chunk = self._rotate()
                     n = 0
                 values = (

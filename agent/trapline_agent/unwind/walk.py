@@ -45,6 +45,8 @@ _LOOK_AGAIN_NS = 100_000_000
 _ASK_AGAIN_NS = 1_000_000_000
 _MASK = (1 << 64) - 1
 _VDSO = b"[vdso]"
+_NO_FILE = FileKey("", 0)
+"""Of the vDSO, whose table it names, and of code without a file."""
 _EXECUTABLE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ..x. ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([0-9]+)[ ]*(.*)$", re.MULTILINE
 )
@@ -122,7 +124,9 @@ class Stacks:
         self.want = want
         self._lock = threading.Lock()
         self._numbers: dict[tuple[FileKey, str], int] = {}
-        self._files: list[StackFile] = [StackFile(path="")]
+        self._files: list[tuple[FileKey, str]] = [(_NO_FILE, "")]
+        """By number."""
+        self._build_ids: dict[FileKey, str] = {}
         self._tables: dict[FileKey, UnwindTable] = {}
         self._rows = 0
         self._asked: dict[FileKey, int] = {}
@@ -140,11 +144,7 @@ class Stacks:
                 table = EMPTY
             self._rows += len(table) - len(old)
             self._tables[file] = table
-            if build_id:
-                key = f"{file.dev} {file.inode}"
-                self._files = [
-                    StackFile(path=f.path, build_id=build_id, file=key) if f.file == key else f for f in self._files
-                ]
+            self._build_ids[file] = build_id
             self.epoch += 1
 
     def ask_again(self) -> None:
@@ -170,8 +170,10 @@ class Stacks:
 
     def file(self, number: int) -> StackFile:
         """Returns the file of a number in a packed stack."""
-        files = self._files
-        return files[number] if number < len(files) else files[0]
+        file, path = self._files[number if number < len(self._files) else 0]
+        identity = f"{file.dev} {file.inode}" if file.inode else ""
+        build_id = self._build_ids.get(file, "") if identity or path == _VDSO.decode() else ""
+        return StackFile(path=path, build_id=build_id, file=identity)
 
     def walk(self, pid: int, words: Sequence[int], memory: int, depth: int, skip: int = 0) -> bytes:
         """Returns the packed stack of a stopped thread.
@@ -200,10 +202,10 @@ class Stacks:
         is_file = file.inode != 0
         if not is_file:
             path = path if name in (_VDSO, b"[vsyscall]") else "[anon]"
-        number = self._number(file, path) << 32
+        key = file if is_file else _NO_FILE
+        number = self._number(key, path) << 32
         if not is_file and name != _VDSO:
             return _Region(first, last, 0, number, EMPTY)
-        key = file if is_file else FileKey("", 0)
         now = time.monotonic_ns()
         if now - self._asked.get(key, -_ASK_AGAIN_NS) >= _ASK_AGAIN_NS:
             with self._lock:
@@ -220,10 +222,7 @@ class Stacks:
                 if len(self._files) >= _MAX_FILES:
                     return 0
                 number = self._numbers[file, path] = len(self._files)
-                key = f"{file.dev} {file.inode}" if file.inode else ""
-                known = next((f.build_id for f in self._files if key and f.file == key), "")
-                shown = path.encode("utf-8", "backslashreplace").decode()
-                self._files.append(StackFile(path=shown, file=key, build_id=known))
+                self._files.append((file, path.encode("utf-8", "backslashreplace").decode()))
             return number
 
 
