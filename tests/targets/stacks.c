@@ -7,6 +7,7 @@
  *   other        as `signal`, on a signal stack of its own
  *   realign      from a function whose stack is aligned to 64 bytes, and has an array of variable length
  *   thread       from a thread's first function
+ *   spin N C     C calls, N calls of target_spin deep; answers the time they took
  *   count        here=
  *
  * With arguments it obeys those instead of standard input.
@@ -38,6 +39,21 @@ PROBED long target_down(long n)
 	long r = n > 1 ? target_down(n - 1) : target_here(n);
 	__asm__ volatile("" : "+r"(r));
 	return r + 1;
+}
+
+PROBED uint64_t target_spin(long depth, long calls)
+{
+	uint64_t r;
+	if (depth > 1) {
+		r = target_spin(depth - 1, calls);
+	} else {
+		uint64_t begun = now_ns();
+		for (long i = 0; i < calls; i++)
+			sink += target_here(i);
+		r = now_ns() - begun;
+	}
+	__asm__ volatile("" : "+r"(r));
+	return r;
 }
 
 static int compare(const void *a, const void *b)
@@ -92,10 +108,13 @@ static void *run(void *argument)
 
 static void obey(const char *line)
 {
-	long n = 1;
+	long n = 1, calls = 1;
 	char word[32] = "";
-	sscanf(line, "%31s %ld", word, &n);
-	if (!strcmp(word, "deep")) {
+	sscanf(line, "%31s %ld %ld", word, &n, &calls);
+	if (!strcmp(word, "spin")) {
+		say("spin ns=%llu", (unsigned long long)target_spin(n, calls));
+		return;
+	} else if (!strcmp(word, "deep")) {
 		sink += target_down(n);
 	} else if (!strcmp(word, "sort")) {
 		target_sort();
