@@ -20,6 +20,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from trapline.protocol.stacks import BY_FRAME_POINTER, MAX_DEPTH, End, StackFile
@@ -40,6 +41,10 @@ _MAX_STEPS = 1 << 16
 """Program counters of one process that are remembered."""
 _MAX_TABLE_ROWS = 32_000_000
 """Of all tables together: 256 MB."""
+_MAX_SEEN = 4096
+"""Walks of one process that are remembered, and the most bytes of stack that one may need."""
+_MAX_SEEN_BYTES = 32768
+_WORD = 8
 _LOOK_AGAIN_NS = 100_000_000
 """How often a process' mappings are read again because an address is in none of them."""
 _ASK_AGAIN_NS = 1_000_000_000
@@ -103,6 +108,22 @@ class _Step(NamedTuple):
     rule: Rule | None = None
     end: End = End.NO_UNWIND_INFO
     """Where there is no rule: why."""
+
+
+_Key = tuple[int, int, int, int, int]
+"""Instruction, stack and frame pointer; most frames, frames to skip."""
+
+
+class _Seen(NamedTuple):
+    """A walk that was made."""
+
+    size: int
+    """Bytes of the stack that it needs."""
+    pick: Callable[[Sequence[int]], tuple[int, ...]]
+    """Takes the words that it read out of these."""
+    values: tuple[int, ...]
+    """What they were."""
+    packed: bytes
 
 
 class NewFile(NamedTuple):
@@ -237,6 +258,7 @@ class _Space:
         self._starts: list[int] = []
         self._exact: dict[int, _Step] = {}
         self._calls: dict[int, _Step] = {}
+        self._seen: dict[_Key, _Seen] = {}
         self._looked_ns = 0
         self.fresh = False
         self.epoch = -1
@@ -256,14 +278,46 @@ class _Space:
         self._starts = [r.start for r in self._regions]
         self._exact.clear()
         self._calls.clear()
+        self._seen.clear()
 
     def walk(self, words: Sequence[int], memory: int, depth: int, skip: int) -> bytes:
-        stack = _Stack(memory, words[RSP_WORD])
-        frames, end = self._walk_plain(words, stack, depth + skip)
-        return array("Q", (end, *frames[skip : skip + depth])).tobytes()
+        key = (words[RIP], words[RSP_WORD], words[_BP_WORD], depth, skip)
+        seen = self._seen.get(key)
+        if seen is not None:
+            try:
+                data = os.pread(memory, seen.size, key[1] & ~7)
+            except OSError:
+                data = b""
+            if len(data) == seen.size and seen.pick(memoryview(data).cast("Q")) == seen.values:
+                return seen.packed
+        stack = _Stack(memory, key[1])
+        reads: list[int] = []
+        values: list[int] = []
+        frames, end = self._walk_plain(words, stack, depth + skip, reads, values)
+        packed = array("Q", (end, *frames[skip : skip + depth])).tobytes()
+        if end <= End.LIMIT and len(reads) > 1:
+            self._see(key, reads, values, packed)
+        return packed
 
-    def _walk_plain(self, words: Sequence[int], stack: _Stack, depth: int) -> tuple[list[int], int]:
-        """By stack pointer and frame pointer alone, which nearly all code needs; falls back to ``_walk_whole``."""
+    def _see(self, key: _Key, reads: list[int], values: list[int], packed: bytes) -> None:
+        """Remembers a walk: it is a function of the registers in the key and of the words that it read, so the next one
+        that finds these again need not be made."""
+        base = key[1] & ~7
+        size = max(reads) + _WORD - base
+        if min(reads) < base or size > _MAX_SEEN_BYTES:
+            return
+        if len(self._seen) >= _MAX_SEEN:
+            self._seen.clear()
+        self._seen[key] = _Seen(size, itemgetter(*((at - base) >> 3 for at in reads)), tuple(values), packed)
+
+    def _walk_plain(
+        self, words: Sequence[int], stack: _Stack, depth: int, reads: list[int], values: list[int]
+    ) -> tuple[list[int], int]:
+        """By stack pointer and frame pointer alone, which nearly all code needs; falls back to ``_walk_whole``.
+
+        Enters into ``reads`` and ``values`` what it read of the stack, addresses and words. Where that is not all that it
+        went by there is nothing in them, or the end is flagged ``BY_FRAME_POINTER``.
+        """
         pc, sp, bp = words[RIP], words[RSP_WORD], words[_BP_WORD]
         steps = self._exact
         step = steps.get(pc) or self._step(pc, stack.memory, exact=True)
@@ -280,6 +334,7 @@ class _Space:
             elif kind == _OUTERMOST:
                 return frames, End.COMPLETE | flags
             elif kind == _BY_RULE:
+                reads.clear()
                 return self._walk_whole(words, stack, depth)
             else:
                 found = self._by_frame_pointer(len(frames) == 1, sp, bp, stack)
@@ -301,8 +356,12 @@ class _Space:
                         return frames, End.FAULT | flags
                     base, end, window = stack.base, stack.end, stack.words
                 pc = window[(at - base) >> 3]
+                reads.append(at)
+                values.append(pc)
                 if bp_offset:
                     bp = window[(low - base) >> 3]
+                    reads.append(low)
+                    values.append(bp)
             sp = cfa
             if pc == 0:
                 return frames, End.COMPLETE | flags
