@@ -164,3 +164,23 @@ def test_a_changed_mapping_is_met_with_another_table(monkeypatch: pytest.MonkeyP
 def _walk(stacks: Stacks, registers: list[int], memory: int):  # type: ignore[no-untyped-def]
     packed = stacks.walk(1, registers, memory, 127)
     return unpack(packed, {n: stacks.file(n) for n in numbers_of(packed)}).frames
+
+
+def test_a_frame_pointer_that_changed_is_noticed() -> None:
+    """The words of the remembered walk are all as they were, but for the saved rbp, which leads elsewhere now."""
+    saves = Rule(Cfa.REGISTER, RSP, 16, 0, False, (Place(RBP, At.CFA, 0, -16), Place(RA, At.CFA, 0, -8)))
+    framed = Rule(Cfa.REGISTER, RBP, 16, 0, False, (Place(RA, At.CFA, 0, -8),))
+    stacks = fresh(table_of([saves, framed]))
+    registers = [0] * len(INDEX)
+    registers[INDEX["rip"]], registers[INDEX["rsp"]] = CODE, STACK
+    content = [0] * 16
+    content[0:2] = [STACK + 4 * 8, CODE + STRIDE + 1]
+    content[5], content[9] = 0, CODE + STRIDE + 2
+    memory = os.memfd_create("memory")
+    try:
+        os.pwrite(memory, struct.pack("<16Q", *content), STACK)
+        assert len(_walk(stacks, registers, memory)) == 2
+        os.pwrite(memory, struct.pack("<Q", STACK + 8 * 8), STACK)
+        assert len(_walk(stacks, registers, memory)) == 3
+    finally:
+        os.close(memory)
