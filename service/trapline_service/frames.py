@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from trapline.errors import ProtocolError
-from trapline.protocol import hits
+from trapline.protocol import hits, stacks
 from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, ValueStatus
 
 _MAX_INT64 = 2**63 - 1
@@ -39,6 +39,16 @@ class _Row(msgspec.Struct):
     site: str
     args: dict[str, int | str | None]
     status: dict[str, str]
+    stacks: dict[str, list[_Frame]]
+
+
+class _Frame(msgspec.Struct):
+    """``trapline.model.StackFrame``."""
+
+    path: str
+    build_id: str
+    file: str
+    offset: int
 
 
 _encode = msgspec.json.Encoder().encode
@@ -98,6 +108,7 @@ def rows_json(batch: HitBatch) -> str:
     ts, pids, tids, sites = (columns[name] for name, _ in FIXED)
     args: list[dict[str, int | str | None]] = [{} for _ in range(count)]
     statuses: list[dict[str, str]] = [{} for _ in range(count)]
+    frames: list[dict[str, list[_Frame]]] = [{} for _ in range(count)]
     texts = [s.decode("utf-8", "backslashreplace") for s in h.strings]
     for column in h.columns[len(FIXED) :]:
         if column.name.endswith(STATUS_SUFFIX):
@@ -107,6 +118,13 @@ def rows_json(batch: HitBatch) -> str:
         if column.type == "str":
             ok = batch.columns[name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             values = [texts[v] if good else None for v, good in zip(values, ok.tolist(), strict=True)]
+        elif column.type == "stack":
+            found = {i: stacks.unpack(h.strings[i], h.files) for i in set(values)}
+            lists = {i: [_frame(f) for f in stack.frames] for i, stack in found.items()}
+            shown = {i: stacks.text(stack) for i, stack in found.items()}
+            for i, which in enumerate(values):
+                frames[i][name] = lists[which]
+            values = [shown[which] for which in values]
         elif column.type == "u64" and int(batch.columns[name].max()) > _EXACT_IN_JAVASCRIPT:
             values = [v if v <= _EXACT_IN_JAVASCRIPT else str(v) for v in values]
         for row, value in zip(args, values, strict=True):
@@ -117,6 +135,7 @@ def rows_json(batch: HitBatch) -> str:
             statuses[i][name] = status_text(flag)
             if flag > ValueStatus.TRUNCATED:
                 args[i][name] = None
+                frames[i].pop(name, None)
     rows = []
     for i in range(count):
         wall = ts[i] + h.clock_offset
@@ -134,9 +153,14 @@ def rows_json(batch: HitBatch) -> str:
                 h.sites[site] if site < len(h.sites) else "",
                 args[i],
                 statuses[i],
+                frames[i],
             )
         )
     return _encode(rows)[1:-1].decode()
+
+
+def _frame(frame: stacks.Frame) -> _Frame:
+    return _Frame(frame.file.path, frame.file.build_id, frame.file.file, frame.offset)
 
 
 def status_text(value: int) -> str:
