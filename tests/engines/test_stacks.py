@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engines.host import Host, Probe
@@ -16,6 +17,7 @@ from trapline.protocol.stacks import End, Stack, numbers_of, unpack
 from trapline_agent.capture.evaluate import Evaluator
 from trapline_agent.engines import ring
 from trapline_agent.plans import FetchPlan
+from trapline_agent.targets import maps
 from trapline_agent.unwind.names import Names
 from trapline_agent.unwind.tables import Tables
 from trapline_agent.unwind.walk import NewFile, Stacks
@@ -210,6 +212,24 @@ class TestHostileStacks:
         stack = unpack(packed, dict.fromkeys(numbers_of(packed), None))  # type: ignore[arg-type]
         assert stack.end is not End.COMPLETE
         assert len(stack.frames) <= 2
+
+    def test_a_return_to_the_vsyscall_page(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It is in /proc/PID/maps, and cannot be read at its address."""
+        here = np.array([0xFFFF_FFFF_FF60_0005, 0], np.uint64)
+        words = [0] * 27
+        words[16] = words[16] or int(maps.executable_mappings(os.getpid())[0].start)
+        words[19] = here.ctypes.data
+        fd = os.open("/proc/self/mem", os.O_RDONLY)
+        try:
+            packed = Stacks().walk(os.getpid(), words, fd, 127)
+        finally:
+            os.close(fd)
+        assert unpack(packed, {}).end is End.NO_TABLE_YET
+        assert not caplog.records
+
+    def test_what_goes_wrong_costs_the_stack_not_the_hit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trapline_agent.unwind.walk.maps.read_maps", lambda pid: 1 / 0)
+        assert unpack(Stacks().walk(1, [0] * 27, -1, 127), {}).frames == ()
 
     def test_a_process_that_is_gone(self) -> None:
         packed = Stacks().walk(2**22 + 1, [4096] * 27, -1, 127)

@@ -13,6 +13,7 @@ else of a call's last byte, so that it is the caller's wherever the call may sta
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -29,6 +30,8 @@ from trapline_agent.arch.x86_64.registers import RSP as RSP_WORD
 from trapline_agent.plans import FileKey
 from trapline_agent.targets import maps
 from trapline_agent.unwind.table import EMPTY, NO_RULE, RA, RBP, RSP, At, Cfa, Place, Rule, UnwindTable, decode
+
+log = logging.getLogger(__name__)
 
 _FIRST_BYTES = 4096
 _MORE_BYTES = 16384
@@ -48,6 +51,7 @@ _WORD = 8
 _LOOK_AGAIN_NS = 100_000_000
 """How often a process' mappings are read again because an address is in none of them."""
 _ASK_AGAIN_NS = 1_000_000_000
+_FAILED = array("Q", (End.UNSUPPORTED,)).tobytes()
 _MASK = (1 << 64) - 1
 _VDSO = b"[vdso]"
 _NO_FILE = FileKey("", 0)
@@ -206,12 +210,17 @@ class Stacks:
             depth: the most frames.
             skip: innermost frames to leave out.
         """
-        space = self._spaces.get(pid)
-        if space is None:
-            space = self._spaces[pid] = _Space(self, pid)
-        if not space.fresh or space.epoch != self.epoch:
-            space.look()
-        return space.walk(words, memory, min(depth, MAX_DEPTH), skip)
+        try:
+            space = self._spaces.get(pid)
+            if space is None:
+                space = self._spaces[pid] = _Space(self, pid)
+            if not space.fresh or space.epoch != self.epoch:
+                space.look()
+            return space.walk(words, memory, min(depth, MAX_DEPTH), skip)
+        except Exception:
+            # Ours; the hit is to be counted whatever becomes of its stack.
+            log.exception("a stack of process %d was not walked", pid)
+            return _FAILED
 
     # --- of the spaces
 
@@ -465,7 +474,7 @@ class _Space:
             return False
         try:
             code = os.pread(stack.memory, 7, addr - 7)
-        except OSError:
+        except (OSError, OverflowError):
             return False
         if len(code) < 7:
             return False
@@ -511,7 +520,7 @@ def _is_trampoline(pc: int, memory: int) -> bool:
     """Whether a signal's handler returns here, in a C library that does not say so (musl's, Go's): rt_sigreturn."""
     try:
         return os.pread(memory, len(_SIGRETURN), pc) == _SIGRETURN
-    except OSError:
+    except (OSError, OverflowError):  # the vsyscall page's address is no offset
         return False
 
 

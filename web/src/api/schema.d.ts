@@ -103,6 +103,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/hosts/{host}:symbolize": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** The functions of stacks' frames, as the host's files have them now */
+        post: operations["symbolize"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/symbols": {
         parameters: {
             query?: never;
@@ -412,12 +429,18 @@ export interface components {
              * @default 64
              */
             max_bytes: number;
+            /**
+             * Frames
+             * @description Of a stack.
+             * @default 0
+             */
+            frames: number;
         };
         /**
          * CaptureKind
          * @enum {string}
          */
-        CaptureKind: "word" | "string";
+        CaptureKind: "word" | "string" | "stack";
         /**
          * Cause
          * @description What found the mapping.
@@ -657,6 +680,18 @@ export interface components {
             features: string[];
         };
         /**
+         * FrameNames
+         * @description Its answer.
+         */
+        FrameNames: {
+            /**
+             * Names
+             * @description For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
+             *     there is no symbol.
+             */
+            names: string[][];
+        };
+        /**
          * Gap
          * @description Hits that this subscription will not get. ``count`` of them; sequence range where it is known.
          */
@@ -779,6 +814,13 @@ export interface components {
              */
             status: {
                 [key: string]: string;
+            };
+            /**
+             * Stacks
+             * @description The frames of the stacks among them, innermost first.
+             */
+            stacks: {
+                [key: string]: components["schemas"]["StackFrame-Output"][];
             };
         };
         /** HitItems */
@@ -1385,7 +1427,7 @@ export interface components {
          * @description A question to the host. ``resolve`` takes ``{"spec": ProbeSpec}`` and gives a ``HostResolution``; ``symbols`` takes
          *     ``{"module": str, "q": str, "limit": int}`` (module may be empty: all that are mapped) and gives a ``SymbolPage``;
          *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``; ``coverage`` takes
-         *     ``{"probe": str}`` and gives a ``CoverageLog``.
+         *     ``{"probe": str}`` and gives a ``CoverageLog``; ``symbolize`` takes a ``Symbolize`` and gives ``FrameNames``.
          */
         Request: {
             /**
@@ -1399,7 +1441,7 @@ export interface components {
              * Method
              * @enum {string}
              */
-            method: "resolve" | "symbols" | "modules" | "coverage";
+            method: "resolve" | "symbols" | "modules" | "coverage" | "symbolize";
             /** Params */
             params: {
                 [key: string]: unknown;
@@ -1463,6 +1505,62 @@ export interface components {
             type: "resume";
             /** Id */
             id: string;
+        };
+        /**
+         * StackFrame
+         * @description One frame of a stack, not named yet: ``hosts/{host}:symbolize`` does that.
+         */
+        "StackFrame-Input": {
+            /**
+             * Path
+             * @description Of the file that its code is in, in the mount namespace of a process that maps it; ``[vdso]``; ``[anon]`` for code
+             *     without a file; empty where it is not known.
+             */
+            path: string;
+            /**
+             * Build Id
+             * @default
+             */
+            build_id: string;
+            /**
+             * File
+             * @description ``dev inode`` as /proc/PID/maps prints them.
+             * @default
+             */
+            file: string;
+            /**
+             * Offset
+             * @description In the file: of the instruction in the innermost frame and where a signal interrupted, else of a call's last byte.
+             */
+            offset: number;
+        };
+        /**
+         * StackFrame
+         * @description One frame of a stack, not named yet: ``hosts/{host}:symbolize`` does that.
+         */
+        "StackFrame-Output": {
+            /**
+             * Path
+             * @description Of the file that its code is in, in the mount namespace of a process that maps it; ``[vdso]``; ``[anon]`` for code
+             *     without a file; empty where it is not known.
+             */
+            path: string;
+            /**
+             * Build Id
+             * @default
+             */
+            build_id: string;
+            /**
+             * File
+             * @description ``dev inode`` as /proc/PID/maps prints them.
+             * @default
+             */
+            file: string;
+            /**
+             * Offset
+             * @description In the file: of the instruction in the innermost frame and where a signal interrupted, else of a call's last byte.
+             */
+            offset: number;
         };
         /**
          * Status
@@ -1626,6 +1724,14 @@ export interface components {
              * @description One per host that was asked; with ``error`` where it could not answer.
              */
             items: components["schemas"]["SymbolPage"][];
+        };
+        /**
+         * Symbolize
+         * @description A question for the names of frames.
+         */
+        Symbolize: {
+            /** Frames */
+            frames: components["schemas"]["StackFrame-Input"][];
         };
         /**
          * Target
@@ -2091,6 +2197,86 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ModuleList"];
+                };
+            };
+            /** @description Unauthorized */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Not Found */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Conflict */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Unprocessable Entity */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Bad Gateway */
+            502: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Service Unavailable */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    symbolize: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                host: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Symbolize"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FrameNames"];
                 };
             };
             /** @description Unauthorized */
