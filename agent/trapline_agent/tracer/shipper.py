@@ -21,8 +21,8 @@ FLUSH_S = 0.01
 _CLOSE_S = 2.0
 """How long an agent has to take what is left, when the tracer ends."""
 _MAX_CONTROL = 10_000
-"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped (the agent looks by itself too), and of
-files with frames (they are told again)."""
+"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped (the agent looks by itself too), and
+of files with frames (they are told again)."""
 _NEWS = m.Mapped | m.FrameFile
 
 
