@@ -1,8 +1,7 @@
 """Expressions of the probe language: Python's, read by ``ast`` through a white list. Nothing is evaluated here.
 
-In this release a captured value is an argument, a register, or the string that one points to, at a return also ``retval``,
-``latency`` and ``entry(...)``; the rest of the language is read and refused by name. Conditions and aggregates are checked
-and kept as text.
+What is checked here needs no file: the grammar, the functions and what they take, registers, what is known when. Names and
+types are checked where the files are (``trapline_agent.capture``).
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import difflib
 import re
 from typing import NoReturn
 
+from trapline import tree
 from trapline.errors import SpecError, Unsupported
-from trapline.model import Capture, CaptureKind
-from trapline.protocol.stacks import DEFAULT_DEPTH, MAX_DEPTH
+from trapline.model import Capture
+from trapline.protocol.stacks import MAX_DEPTH
+from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree
 
-CALLER = "caller"
-"""The innermost frame but one."""
 MAX_CAPTURES = 32
 MAX_STRING_BYTES = 4096
 DEFAULT_STRING_BYTES = 64
@@ -26,17 +25,41 @@ REGISTERS = (
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags",
 )  # fmt: skip
 """Names that ``reg.NAME`` takes; which of them exist on a host is the agent's to know."""
-ARGUMENTS = tuple(f"arg{i}" for i in range(6))
+ARGUMENT = re.compile(r"arg(0|[1-9][0-9]?)")
+XMM = re.compile(r"xmm([0-9]|1[0-5])")
 AGGREGATES = ("count", "sum", "min", "max", "avg", "hist", "lhist", "quantiles", "topk", "distinct")
 WHITE_SPACE = " \t\n\r\f\v"
 _RESERVED_COLUMNS = {"ts", "pid", "tid", "site"}
 AT_RETURN = ("retval", "latency")
 """What only a return probe has."""
+CONTEXT = (
+    "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host", "func", "file", "line", "buildid",
+    "caller", "errno", "traceparent",
+)  # fmt: skip
+"""What a name means that is neither a parameter nor a variable there; ``ctx.NAME`` means it in any case."""
+STACKS = ("caller", "ctx.caller")
+"""What is a stack of one frame."""
+_INTEGER = (1, 1, "an address")
+FUNCTIONS = {
+    "str": (1, 2, "a pointer and, if wanted, the most bytes to read: str(arg0, 128)"),
+    "buf": (2, 2, "an address and a number of bytes: buf(arg0, 16)"),
+    **dict.fromkeys(("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "f32", "f64"), _INTEGER),
+    "len": (1, 1, "a text: len(str(arg0))"),
+    "startswith": (2, 2, "a text and its beginning: startswith(str(arg0), '/etc')"),
+    "endswith": (2, 2, "a text and its end: endswith(str(arg0), '.so')"),
+    "matches": (2, 2, "a text and a quoted regular expression: matches(str(arg0), '^/etc/.*')"),
+    "cast": (2, 2, "a value and a quoted type: cast(arg0, 'struct foo *')"),
+    "entry": (1, 1, "one value, as it was when the function was entered: entry(arg0)"),
+    "ip": (0, 0, "nothing: it is the address of the probed instruction"),
+    "ustack": (0, 1, "the most frames, if anything: ustack(20)"),
+}
+"""Least and most arguments, and what they are."""
+_LATER_FUNCTIONS = {
+    "sym": "capture the address, and look it up with `nm`",
+    "kstack": "Trapline looks at programs, not at the kernel",
+}
 _FLOATS = re.compile(r"[xyz]mm[0-9]+|st[0-7]?")
-_LATER_NAMES = {
-    "pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts", "host",
-    "func", "file", "line", "buildid", "traceparent", "errno", "ctx",
-}  # fmt: skip
+_ARROW = re.compile(r"->\s*([A-Za-z_]\w*)")
 IF = re.compile(r"if(?![\w])")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 _EXPRESSION_NODES = (
@@ -158,17 +181,20 @@ class ExpressionReader:
         source, start = source.strip(), start + lead
         if not source:
             self.fail(f"expected {what}", start)
-        try:
-            body = ast.parse(source, mode="eval").body
-        except SyntaxError as e:
-            self.fail(f"{what}: {e.msg}", start + min((e.offset or len(source) + 1) - 1, len(source)))
-        except (ValueError, RecursionError, MemoryError):
-            self.fail(f"{what} is too complex", start)
+
+        def fail(detail: str, at: int, hint: str = "") -> NoReturn:
+            if arrow := _ARROW.search(source):
+                self._told_arrow(start + arrow.start(), arrow[1])
+            if star := re.match(r"\*\s*(\w+)$", source):
+                hint = f"what a pointer points to is written `{star[1]}[0]`"
+            self.fail(detail, start + at, hint=hint)
+
+        body = tree.body_of(source, fail, what)
         stack: list[ast.AST] = [body]
         while stack:
             node = stack.pop()
             if not isinstance(node, _EXPRESSION_NODES):
-                at = start + _column(source, node if isinstance(node, ast.expr) else body)
+                at = start + tree.column(source, node if isinstance(node, ast.expr) else body)
                 self.fail(f"{type(node).__name__} is not part of the expression language", at)
             stack.extend(ast.iter_child_nodes(node))
         return body
@@ -176,8 +202,12 @@ class ExpressionReader:
     def condition(self) -> str:
         """Reads what follows ``if``."""
         source, start = self._scan(("->", "{", "@"))
-        self._tree(source, start, "a condition")
-        return source.strip()
+        if self.peek(2) == "->" and (arrow := _ARROW.match(self.text, self.at)) and arrow[1] not in AGGREGATES:
+            self._told_arrow(self.at, arrow[1])
+        return self.expression(source, start, "a condition")
+
+    def _told_arrow(self, at: int, member: str) -> NoReturn:
+        self.fail("`->` is C's; `.` follows pointers here", at, suggestions=[f".{member}"])
 
     def aggregate(self) -> str:
         """Reads what follows ``->``: a call, and ``by (expressions)`` if wanted."""
@@ -221,113 +251,121 @@ class ExpressionReader:
             source, start = source[named.end() :], start + named.end()
         at = start + len(source) - len(source.lstrip())
         if register := re.fullmatch(r" *[%$]([a-z0-9]+) *", source):  # perf's %di and gdb's $rdi
-            capture = word(self.register(register[1], at))
+            text = self.register(register[1], at)
         else:
-            capture = self._lower(self._tree(source, start, "a value to capture"), source.strip(), at)
-        self.append_capture(captures, capture, name, at)
+            text = self.expression(source, start, "a value to capture")
+        self.append_capture(captures, Capture(text=text, name=text), name, at)
 
     def append_capture(self, captures: list[Capture], capture: Capture, name: str, at: int) -> None:
         """Adds a column, called ``name`` or after its expression; its text is at ``at``."""
         if name:
             if len(name) > 64:
                 self.fail("the column's name is longer than 64 characters", at)
-            if name in _RESERVED_COLUMNS:
-                self.fail(f"`{name}` is a column that every hit has", at, hint="choose another name")
             capture.name = name
+        if capture.name in _RESERVED_COLUMNS:
+            self.fail(f"`{capture.name}` is a column that every hit has", at, hint="choose another name: `other=...`")
         if any(c.name == capture.name for c in captures):
             self.fail(f"two captured values are called `{capture.name}`", at, hint="name one: `other=...`")
         if len(captures) == MAX_CAPTURES:
             self.fail(f"more than {MAX_CAPTURES} captured values", at)
         captures.append(capture)
 
-    def _lower(self, tree: ast.expr, source: str, start: int, *, entry: bool = False) -> Capture:
-        """Returns the capture of an expression; ``entry``: it stands inside of ``entry(...)``."""
-        at = start + _column(source, tree)
-        if isinstance(tree, ast.Call):
-            function = tree.func.id if isinstance(tree.func, ast.Name) else ast.unparse(tree.func)
-            if function == "entry":
-                return self._lower(self._entry(tree, at, entry), source, start, entry=True)
-            if function == "ustack":
+    def expression(self, source: str, start: int, what: str) -> str:
+        """Reads and checks an expression, as far as that can be done without the files that it is about.
+
+        Args:
+            source: one line, with white space around it.
+            start: where it begins in the text.
+            what: what it is, for messages.
+
+        Returns:
+            Its canonical text.
+        """
+        body = self._tree(source, start, what)
+        lead = len(source) - len(source.lstrip())
+        source, start = source.strip(), start + lead
+
+        def fail(detail: str, at: int, hint: str = "") -> NoReturn:
+            self.fail(detail, start + at, hint=hint)
+
+        self._check(tree.read(body, source, fail), start, entry=False)
+        return tree.show(body, source)
+
+    def _check(self, node: Tree, start: int, *, entry: bool) -> None:
+        """Refuses what is wrong wherever the probe is; ``entry``: it stands inside of ``entry(...)``."""
+        at = start + node.at
+        match node:
+            case Name(id=name):
+                self.at_its_time(name, at, entry=entry)
+                if name in REGISTERS:
+                    self.fail(f"`{name}` is a register", at, suggestions=[f"reg.{name}"])
+            case Field(of=Name(id="reg"), name=name):
+                if name not in REGISTERS and not XMM.fullmatch(name):
+                    self._no_register(name, at)
+            case Field(of=Name(id="ctx"), name=name):
+                if name not in CONTEXT:
+                    near = [f"ctx.{n}" for n in difflib.get_close_matches(name, CONTEXT)]
+                    hint = f"known are {', '.join(CONTEXT)}"
+                    self.fail(f"`ctx` has no `{name}`", at, suggestions=near, hint=hint)
+            case Field(of=of):
+                self._check(of, start, entry=entry)
+            case Index(of=of, index=index):
+                self._check(of, start, entry=entry)
+                self._check(index, start, entry=entry)
+            case Operation(of=some):
+                for one in some:
+                    self._check(one, start, entry=entry)
+            case Call():
+                self._check_call(node, start, entry=entry)
+
+    def _check_call(self, call: Call, start: int, *, entry: bool) -> None:
+        function, arguments, at = call.function, call.arguments, start + call.at
+        if function in _LATER_FUNCTIONS:
+            self.later(f"`{function}()`", at, _LATER_FUNCTIONS[function])
+        if function in AGGREGATES:
+            self.fail(f"`{function}` is an aggregate", at, hint=f"it comes after `->`: `-> {function}(...)`")
+        if function not in FUNCTIONS:
+            near = difflib.get_close_matches(function, FUNCTIONS)
+            hint = f"known are {', '.join(FUNCTIONS)}; functions of the program are never called"
+            self.fail(f"no function `{function}` in the language", at, suggestions=near, hint=hint)
+        least, most, usage = FUNCTIONS[function]
+        if not least <= len(arguments) <= most:
+            self.fail(f"{function} takes {usage}", at)
+        match function, arguments:
+            case "entry", _:
                 if entry:
-                    self.fail("a stack is taken where the probe is, at the return", at, suggestions=["ustack()"])
-                return stack(self._depth(tree, at))
-            if function != "str":
-                self.later(f"`{function}()`", at, "captured are arg0 to arg5, reg.NAME and str(...) of them")
-            if tree.keywords or not 1 <= len(tree.args) <= 2:
-                self.fail("str takes a pointer and, if wanted, the most bytes to read: str(arg0, 128)", at)
-            pointer, late = tree.args[0], False
-            if isinstance(pointer, ast.Call) and isinstance(pointer.func, ast.Name) and pointer.func.id == "entry":
-                pointer, late = self._entry(pointer, start + _column(source, pointer), entry), True
-            operand = self._operand(pointer, source, start, entry=entry or late)
-            size = DEFAULT_STRING_BYTES
-            if len(tree.args) == 2:
-                limit, limit_at = tree.args[1], start + _column(source, tree.args[1])
-                if not isinstance(limit, ast.Constant) or type(limit.value) is not int:
-                    self.later("a computed length", limit_at, f"write a number from 1 to {MAX_STRING_BYTES}")
-                if not 1 <= limit.value <= MAX_STRING_BYTES:
-                    self.fail(f"a string's length is from 1 to {MAX_STRING_BYTES} bytes", limit_at)
-                size = limit.value
-            return string(operand, size, entry=entry or late, late=late)
-        if isinstance(tree, ast.Name) and tree.id == CALLER:
-            if entry:
-                self.fail(f"`{CALLER}` is who is returned to, at a return too", at, suggestions=[CALLER])
-            return Capture(text=CALLER, name=CALLER, kind=CaptureKind.STACK, operand=CALLER, frames=1)
-        return word(self._operand(tree, source, start, entry=entry), entry=entry)
+                    self.fail("entry(...) inside of entry(...)", at)
+                if not self.returns:
+                    near = [call.written[0]]
+                    self.fail("a probe at a function's entry has the values of the entry anyway", at, suggestions=near)
+                entry = True
+            case "str", (_, limit):
+                if not isinstance(limit, Constant) or type(limit.value) is not int:
+                    hint = f"write a number from 1 to {MAX_STRING_BYTES}; `buf(p, n)` takes a computed one"
+                    self.fail("a string's length is a plain number", start + limit.at, hint=hint)
+            case "ustack", _ if entry:
+                self.fail("a stack is taken where the probe is, at the return", at, suggestions=["ustack()"])
+            case "ustack", (depth,):
+                frames = depth.value if isinstance(depth, Constant) else None
+                if type(frames) is not int or not 1 <= frames <= MAX_DEPTH:
+                    self.fail(f"a stack has 1 to {MAX_DEPTH} frames: ustack(20)", at)
+            case (("matches" | "cast"), (_, literal)):
+                if not isinstance(literal, Constant) or not isinstance(literal.value, bytes):
+                    self.fail(f"{function} takes {usage}", start + literal.at)
+        if function in ("str", "buf") and len(arguments) == 2:
+            size = arguments[1]
+            if isinstance(size, Constant) and not 1 <= size.value <= MAX_STRING_BYTES:  # type: ignore[operator]
+                self.fail(f"its length is from 1 to {MAX_STRING_BYTES} bytes", start + size.at)
+        for one in arguments:
+            self._check(one, start, entry=entry)
 
-    def _depth(self, call: ast.Call, at: int) -> int:
-        """Returns how many frames ``ustack(...)`` is of."""
-        if call.keywords or len(call.args) > 1:
-            self.fail("ustack takes the most frames, if anything: ustack(20)", at)
-        if not call.args:
-            return DEFAULT_DEPTH
-        limit = call.args[0]
-        if not isinstance(limit, ast.Constant) or type(limit.value) is not int or not 1 <= limit.value <= MAX_DEPTH:
-            self.fail(f"a stack has 1 to {MAX_DEPTH} frames: ustack(20)", at)
-        return limit.value
-
-    def _entry(self, call: ast.Call, at: int, inside: bool) -> ast.expr:
-        """Returns what ``entry(...)`` is of."""
-        if call.keywords or len(call.args) != 1:
-            self.fail("entry takes one value, as it was when the function was entered: entry(arg0)", at)
-        if inside:
-            self.fail("entry(...) inside of entry(...)", at)
-        if not self.returns:
-            inner = ast.unparse(call.args[0])
-            self.fail("a probe at a function's entry has the values of the entry anyway", at, suggestions=[inner])
-        return call.args[0]
-
-    def _operand(self, tree: ast.expr, source: str, start: int, *, entry: bool = False) -> str:
-        at = start + _column(source, tree)
-        if isinstance(tree, ast.Name):
-            self.at_its_time(tree.id, at, entry=entry)
-            if tree.id in AT_RETURN:
-                return tree.id
-        if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "reg":
-            if _FLOATS.fullmatch(tree.attr):
-                self.later(
-                    f"floating-point values (`{tree.attr}`)", at, "captured are integers and pointers, and strings"
-                )
-            if tree.attr not in REGISTERS:
-                whole = register_named(tree.attr)
-                near = [whole] if whole else difflib.get_close_matches(tree.attr, REGISTERS)
-                hint = f"known are {', '.join(REGISTERS)}"
-                self.fail(f"no register `{tree.attr}`", at, suggestions=[f"reg.{r}" for r in near], hint=hint)
-            return f"reg.{tree.attr}"
-        if isinstance(tree, ast.Name):
-            if tree.id in ARGUMENTS:
-                return tree.id
-            if re.fullmatch(r"arg[0-9]+", tree.id):
-                self.later(f"`{tree.id}`, which is passed on the stack", at, "arg0 to arg5 come in registers")
-            if tree.id in _LATER_NAMES:
-                self.later(f"the value `{tree.id}`", at, "every hit has its time, pid, tid, comm and site")
-            if register := register_named(tree.id):
-                self.fail(f"`{tree.id}` is a register", at, suggestions=[f"reg.{register}"])
-            self.later(f"an argument by its name (`{tree.id}`)", at, "write arg0 to arg5")
-        self.later(
-            "a value other than a register, an argument or a string",
-            at,
-            "captured are arg0 to arg5, reg.NAME and str(...) of them",
-        )
+    def _no_register(self, name: str, at: int) -> NoReturn:
+        if _FLOATS.fullmatch(name):
+            self.later(f"this floating-point register (`{name}`)", at, "reg.xmm0 to reg.xmm15 are there")
+        whole = register_named(name)
+        near = [whole] if whole else difflib.get_close_matches(name, REGISTERS)
+        hint = f"known are {', '.join(REGISTERS)} and xmm0 to xmm15"
+        self.fail(f"no register `{name}`", at, suggestions=[f"reg.{r}" for r in near], hint=hint)
 
     def at_its_time(self, name: str, at: int, *, entry: bool) -> None:
         """Refuses an operand that is not there when the probe fetches it."""
@@ -339,7 +377,7 @@ class ExpressionReader:
             )
         if name in AT_RETURN and entry:
             self.fail(f"`{name}` is not known yet at the function's entry", at, suggestions=[name])
-        if name in ARGUMENTS and self.returns and not entry:
+        if ARGUMENT.fullmatch(name) and self.returns and not entry:
             self.fail(
                 f"the register of `{name}` has another value when the function returns",
                 at,
@@ -354,31 +392,20 @@ class ExpressionReader:
         return f"reg.{register}"
 
 
+def is_stack(text: str) -> bool:
+    """Whether a captured value, by its canonical text, is a stack."""
+    return text.startswith("ustack(") or text in STACKS
+
+
 def word(operand: str, *, entry: bool = False) -> Capture:
-    """Returns the capture of an operand as it is."""
+    """Returns the capture of an operand as it is, or at a return as it was at the entry."""
     text = f"entry({operand})" if entry else operand
-    return Capture(text=text, name=text, operand=operand, entry=entry)
+    return Capture(text=text, name=text)
 
 
-def string(operand: str, size: int = DEFAULT_STRING_BYTES, *, entry: bool = False, late: bool = False) -> Capture:
-    """Returns the capture of the string that an operand points to; ``entry`` and ``late`` as in ``Capture``."""
-    pointer = f"entry({operand})" if late else operand
-    text = f"str({pointer})" if size == DEFAULT_STRING_BYTES else f"str({pointer}, {size})"
-    text = f"entry({text})" if entry and not late else text
-    return Capture(
-        text=text, name=text, kind=CaptureKind.STRING, operand=operand, entry=entry, late=late, max_bytes=size
-    )
-
-
-def stack(depth: int = DEFAULT_DEPTH) -> Capture:
-    """Returns the capture of the innermost frames of the thread's stack."""
-    text = "ustack()" if depth == DEFAULT_DEPTH else f"ustack({depth})"
-    return Capture(text=text, name=text, kind=CaptureKind.STACK, operand="ustack", frames=depth)
-
-
-def _column(source: str, node: ast.expr) -> int:
-    """ast counts UTF-8 bytes; the caret counts characters. ``source`` is one line."""
-    return len(source.encode()[: node.col_offset].decode(errors="ignore"))
+def string(operand: str, *, entry: bool = False) -> Capture:
+    """Returns the capture of the string that an operand points to, or at a return pointed to at the entry."""
+    return word(f"str({operand})", entry=entry)
 
 
 def register_named(name: str) -> str:

@@ -48,32 +48,13 @@ class Point(Model):
     """Bytes from the symbol's start, the file offset itself for ``OFFSET``, or the line number for ``LINE``."""
 
 
-class CaptureKind(StrEnum):
-    WORD = "word"
-    """An unsigned 64-bit word."""
-    STRING = "string"
-    """Bytes up to the first NUL, at most ``max_bytes``."""
-    STACK = "stack"
-    """The thread's stack, at most ``frames`` of it."""
-
-
 class Capture(Model):
-    """One value that is fetched at the trap: a register or argument word, or the string it points to."""
+    """One value of each hit."""
 
     text: str
-    """The expression as canonical text: ``arg0``, ``reg.rdi``, ``str(arg1, 64)``."""
+    """The expression as canonical text: ``arg0``, ``str(arg1, 64)``, ``req.method``."""
     name: str
     """The column's name: ``size=arg0`` gives ``size``; by default the expression's text."""
-    kind: CaptureKind = CaptureKind.WORD
-    operand: str
-    """``arg0`` to ``arg5``, or ``reg.NAME``; at a return ``retval`` and ``latency`` too."""
-    entry: bool = False
-    """At a return: the operand is that of the entry, ``entry(...)``."""
-    late: bool = False
-    """With ``entry``: the string that it points to is read at the return, ``str(entry(arg1))``."""
-    max_bytes: Annotated[int, Field(ge=1, le=4096)] = 64
-    frames: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Of a stack."""
 
 
 class ProbeSpec(Model):
@@ -451,8 +432,9 @@ class Hit(Model):
     tid: int
     comm: str = ""
     site: str = ""
-    args: dict[str, int | str | None] = Field(default_factory=dict)
-    """Captured values by name; None where ``status`` has the name. 64-bit words beyond 2**53 are decimal strings."""
+    args: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Captured values by name; None where ``status`` has the name. Integers beyond 2**53 either way are decimal strings,
+    bytes are hex digits, and floating-point numbers that are none are ``nan``, ``inf`` and ``-inf``."""
     status: dict[str, str] = Field(default_factory=dict)
     """For values that are not ok: ``truncated``, ``null``, ``fault``, ..."""
     stacks: dict[str, list[StackFrame]] = Field(default_factory=dict)

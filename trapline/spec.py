@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator
 
 from trapline.errors import Unsupported
-from trapline.expressions import ARGUMENTS, IF, WHITE_SPACE, ExpressionReader, string, word
+from trapline.expressions import IF, WHITE_SPACE, ExpressionReader, string, word
 from trapline.model import Capture, Point, PointKind, ProbeKind, ProbeSpec
 
 MAX_TEXT = 4096
@@ -111,7 +111,6 @@ def require_supported(spec: ProbeSpec) -> None:
             (f"where.{key}", key in spec.where, f"the selector `{key}`", "select by pid, tree, comm, exe, uid or host")
             for key in ("label", "container", "cgroup")
         ),
-        ("condition", bool(spec.condition), "a condition (`if`)", "leave it out and filter the hits"),
         ("aggregate", bool(spec.aggregate), "an aggregate (`->`)", "leave it out and aggregate the hits"),
     ]
     for label, present, feature, hint in wanted:
@@ -125,6 +124,23 @@ def require_supported(spec: ProbeSpec) -> None:
             raise Unsupported(
                 f"not in this release: {feature}", hint=hint, reason="NotInThisRelease", text=spec.text, position=at
             )
+
+
+def place_of(spec: ProbeSpec, expression: str) -> int:
+    """Returns where an expression of a probe, captured or a condition, begins in its text."""
+    at, spec = 0, parse_probe(spec.text)  # a selector may have been added since
+    for label, piece in _pieces(spec):
+        if label == "condition" and spec.condition == expression:
+            return at + len(piece) - len(expression)
+        if label == "captures":
+            inside = at + len(" {")
+            for capture in spec.captures:
+                column = _column(capture)
+                if capture.text == expression:
+                    return inside + len(column) - len(expression)
+                inside += len(column) + len(", ")
+        at += len(piece)
+    return 0
 
 
 # --- canonical text -------------------------------------------------------------------------------------------------
@@ -166,6 +182,10 @@ def _point_text(point: Point, kind: ProbeKind) -> str:
     return f"{symbol}+0x{point.offset:x}" if point.offset else symbol
 
 
+def _column(capture: Capture) -> str:
+    return capture.text if capture.name == capture.text else f"{capture.name}={capture.text}"
+
+
 def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
     """Yields the canonical text in labelled pieces."""
     if spec.name:
@@ -181,8 +201,7 @@ def _pieces(spec: ProbeSpec) -> Iterator[tuple[str, str]]:
     if spec.condition:
         yield "condition", f" if {spec.condition}"
     if spec.captures:
-        columns = (c.text if c.name == c.text else f"{c.name}={c.text}" for c in spec.captures)
-        yield "captures", f" {{{', '.join(columns)}}}"
+        yield "captures", f" {{{', '.join(map(_column, spec.captures))}}}"
     if spec.aggregate:
         yield "aggregate", f" -> {spec.aggregate}"
 
@@ -500,10 +519,7 @@ class _Reader(ExpressionReader):
                     break
                 self.later("this argument of perf's", at, "understood are %reg, $argN and +0(%reg):string")
             if argument := re.fullmatch(r"\$arg([1-9][0-9]?)", found["at"]):
-                number = int(argument[1]) - 1  # perf counts from 1
-                if number >= len(ARGUMENTS):
-                    self.later(f"`{found['at']}`, which is passed on the stack", at, "the first six come in registers")
-                operand = ARGUMENTS[number]
+                operand = f"arg{int(argument[1]) - 1}"  # perf counts from 1
             elif found["at"] == "$retval":
                 operand = "retval"
                 self.at_its_time(operand, at, entry=False)
@@ -512,7 +528,7 @@ class _Reader(ExpressionReader):
             else:
                 self.later(f"`{found['at']}`", at, "understood are %reg, $argN and +0(%reg):string")
             # As Documentation/trace/uprobetracer.rst has it, $argN of a return probe is that of the entry.
-            entry = self.returns and operand in ARGUMENTS
+            entry = self.returns and bool(argument)
             if found["deref"]:
                 if found["type"] not in ("string", "ustring"):
                     self.later("reading memory other than strings", at, "understood is +0(%reg):string")

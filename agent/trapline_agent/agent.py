@@ -33,7 +33,9 @@ from trapline.model import (
 )
 from trapline.protocol import messages as m
 from trapline.protocol.stacks import Frame, StackFile
+from trapline_agent.capture.redaction import redaction
 from trapline_agent.config import AgentSettings, instance_id
+from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.link import Link
 from trapline_agent.outbox import STAGE, Outbox
@@ -137,7 +139,14 @@ class Agent:
     async def __aenter__(self) -> Self:
         tracer = await self._keeper.start()
         await self._look_at_processes()
-        self._resolver = Resolver(self.host_id, self._settings.host_name, self._self_pids, tracer.ready.pid)
+        self._resolver = Resolver(
+            self.host_id,
+            self._settings.host_name,
+            self._self_pids,
+            tracer.ready.pid,
+            debug=DebugFiles(self._settings.state_dir).of,
+            redact=redaction(self._settings.redact),
+        )
         await self._tasks.__aenter__()
         self._reconciler = Reconciler(
             host_id=self.host_id,

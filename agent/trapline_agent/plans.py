@@ -16,6 +16,128 @@ class FileKey(msgspec.Struct, frozen=True, order=True):
     inode: int
 
 
+# --- what is computed at a trap --------------------------------------------------------------------------------------
+#
+# A value is a tree: fetches, which read the stopped thread (registers, memory, strings, what the kernel says of it), and
+# pure operations over them. It has no loops, no names and no state, and each node has one meaning on every processor but
+# for the registers' names, so that an engine may run it as it is, compile it, or lower it to BPF. A node's value is an
+# integer (exact, as Python's), a float, a bool, or bytes; or it has none, for one of ``ValueStatus``' reasons, and then
+# nothing that is computed of it has one.
+
+
+class Node(msgspec.Struct, frozen=True, tag_field="n"):
+    pass
+
+
+class Const(Node, frozen=True, tag="const"):
+    value: bool | int | float | bytes
+
+
+class Missing(Node, frozen=True, tag="missing"):
+    """No value: ``status`` (``ValueStatus``) says why."""
+
+    status: int
+
+
+class Register(Node, frozen=True, tag="reg"):
+    """A general register, unsigned."""
+
+    name: str
+
+
+class Xmm(Node, frozen=True, tag="xmm"):
+    """The low 64 bits of a floating-point register, unsigned."""
+
+    number: int
+
+
+class Here(Node, frozen=True, tag="here"):
+    """An address at a fixed distance from the probed instruction, in bytes: where the file's data is mapped."""
+
+    distance: int
+
+
+class Load(Node, frozen=True, tag="load"):
+    """Memory at ``base`` plus ``offset``, 1 to 8 bytes, little-endian, unsigned. ``as_``: or ``i``, ``f``, ``b`` (not 0)."""
+
+    base: Value
+    offset: int
+    size: int
+    as_: str = "u"
+
+
+class Bits(Node, frozen=True, tag="bits"):
+    """``width`` bits of an integer from bit ``shift`` on, as ``Load`` has them."""
+
+    of: Value
+    shift: int
+    width: int
+    as_: str = "u"
+
+
+class Text(Node, frozen=True, tag="text"):
+    """The bytes from an address up to the first NUL, at most ``limit``."""
+
+    address: Value
+    limit: int
+
+
+class Bytes(Node, frozen=True, tag="bytes"):
+    """``size`` bytes from an address, at most ``limit``."""
+
+    address: Value
+    size: Value
+    limit: int
+
+
+class Context(Node, frozen=True, tag="context"):
+    """What is known of the hit itself: ``pid tid comm exe uid cgroup cpu ts latency``."""
+
+    name: str
+
+
+class Frames(Node, frozen=True, tag="frames"):
+    """The thread's stack, packed (``trapline.protocol.stacks``): at most ``depth`` frames behind the first ``skip``."""
+
+    depth: int
+    skip: int = 0
+
+
+class Entry(Node, frozen=True, tag="entry"):
+    """At a return: the value as it was when the function was entered."""
+
+    of: Value
+
+
+class Names(Node, frozen=True, tag="names"):
+    """The name of a number, as text; the number's digits where it has none."""
+
+    of: Value
+    names: tuple[tuple[int, bytes], ...]
+
+
+class Op(Node, frozen=True, tag="op"):
+    """An operation of ``trapline.tree.Operation``, or ``len startswith endswith matches`` (a text and a pattern of re2),
+    ``address`` (modulo 2**64)."""
+
+    op: str
+    of: tuple[Value, ...]
+
+
+Value = (
+    Const | Missing | Register | Xmm | Here | Load | Bits | Text | Bytes | Context | Frames | Entry | Names | Op
+)  # a further kind of fetch is added here, and in capture.evaluate
+
+
+class Program(msgspec.Struct, frozen=True):
+    """What is computed at one site."""
+
+    values: tuple[Value, ...] = ()
+    """One for each of the probe's columns."""
+    condition: Value | None = None
+    """Hits where it is not true, or has no value, are counted as filtered."""
+
+
 class SitePlan(msgspec.Struct, frozen=True):
     """One instruction of one file, ready to be armed: nothing is left for the tracer to parse."""
 
@@ -35,6 +157,8 @@ class SitePlan(msgspec.Struct, frozen=True):
     """It is in a Go function, behind its stack check: the goroutine's pointer is in r14 there (Go's ABIInternal)."""
     unwinds: bool = False
     """It is the first instruction of the C library's longjmp: calls in flight are left there."""
+    program: Program | None = None
+    """What is computed here, where that is more than the probe's plain fetches."""
 
 
 LATENCY = "latency"
@@ -42,10 +166,11 @@ LATENCY = "latency"
 
 
 class FetchPlan(msgspec.Struct, frozen=True):
-    """One captured value: a register, or the NUL-terminated string it points to, or the stack."""
+    """One captured value, a column of the probe: a register, or the NUL-terminated string it points to, or the stack;
+    without a register, what each site's program computes."""
 
     name: str
-    register: str
+    register: str = ""
     string: bool = False
     max_bytes: int = 64
     entry: bool = False
@@ -56,8 +181,10 @@ class FetchPlan(msgspec.Struct, frozen=True):
     """The most frames of the thread's stack; 0: it is none. The register has no meaning then."""
     skip: int = 0
     """Innermost frames to leave out of the stack."""
+    type: str = ""
+    """Of the column (``trapline.protocol.hits``): by default ``str`` for a string, else ``u64``."""
 
     @property
     def column(self) -> str:
-        """The type of its column (``trapline.protocol.hits``)."""
-        return "stack" if self.stack else "str" if self.string else "u64"
+        """The column's type."""
+        return self.type or ("stack" if self.stack else "str" if self.string else "u64")

@@ -36,7 +36,7 @@ from trapline.model import (
 )
 from trapline.protocol.messages import Observed
 from trapline_agent.plans import FetchPlan, FileKey, SitePlan
-from trapline_agent.resolve import Plan
+from trapline_agent.resolve import Plan, with_columns
 from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
@@ -81,7 +81,13 @@ class Registered:
     """Basenames under which further files that are meant may be mapped."""
 
     def merge(self, plan: Plan) -> bool:
-        """Adds the sites that are new; returns whether there were any. Numbers given once never change."""
+        """Adds the sites that are new; returns whether there were any. Numbers given once never change, nor do columns.
+
+        Raises:
+            Unsupported: what is captured is of other types in files that have come since.
+        """
+        if self.plans and plan.fetches != self.fetches:
+            plan = with_columns(plan, self.fetches)
         grew = False
         for site in plan.plans:
             key = (site.file, site.offset)

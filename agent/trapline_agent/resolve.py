@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from trapline.errors import NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
+from trapline.errors import NoDebugInfo, NotFound, PermissionDenied, ResolveError, TraplineError, Unsupported
 from trapline.model import (
     HostResolution,
     Module,
@@ -26,12 +26,14 @@ from trapline.model import (
     Target,
     TargetState,
 )
-from trapline.spec import require_supported
+from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.arch.x86_64.stepping import plan_step
-from trapline_agent.capture.program import lower
+from trapline_agent.capture.compiler import Site
+from trapline_agent.capture.program import compiled, explicit, merged, needs_scope
+from trapline_agent.debuginfo.model import DebugInfo
 from trapline_agent.objects import Finder, FoundFile, scan
-from trapline_agent.plans import FetchPlan, FileKey, SitePlan
+from trapline_agent.plans import FetchPlan, FileKey, Program, SitePlan
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.index import IndexCache, SymbolAt, SymbolIndex
 from trapline_agent.targets.process import (
@@ -105,18 +107,31 @@ class _Place:
 class Resolver:
     """Resolves probes and answers questions about this host; keeps the symbols of the files it has read."""
 
-    def __init__(self, host_id: str, host_name: str, self_pids: Collection[int], tracer_pid: int) -> None:
+    def __init__(
+        self,
+        host_id: str,
+        host_name: str,
+        self_pids: Collection[int],
+        tracer_pid: int,
+        *,
+        debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
+        redact: Callable[[Collection[str]], bool] | None = None,
+    ) -> None:
         """
         Args:
             host_id: the host's id, for answers.
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
+            debug: finds a file's debug information.
+            redact: whether what has one of these names, or is of such a type, must not be captured.
         """
         self._host_id = host_id
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
+        self._debug = debug
+        self._redact = redact
         self._finder = Finder(host_name, IndexCache())
 
     # --- probes
@@ -153,7 +168,7 @@ class Resolver:
 
     def _plan(self, spec: ProbeSpec) -> Plan:
         require_supported(spec)
-        plan = Plan(where=with_numbers(spec.where, self._host_name), fetches=lower(spec.captures, spec.kind))
+        plan = Plan(where=with_numbers(spec.where, self._host_name))
         for key in ("pid", "tree"):
             if key in plan.where:
                 require_process(int(plan.where[key]), self._host_name)
@@ -221,9 +236,18 @@ class Resolver:
                     if note not in plan.notes:
                         plan.notes.append(note)
                     break
-                self._add_place(plan, file, fd, index, place, _shown(spec, file))
+                self._add_place(plan, file, fd, index, place, _shown(spec, file), spec)
 
-    def _add_place(self, plan: Plan, file: FoundFile, fd: int, index: SymbolIndex, place: _Place, module: str) -> None:
+    def _add_place(
+        self,
+        plan: Plan,
+        file: FoundFile,
+        fd: int,
+        index: SymbolIndex,
+        place: _Place,
+        module: str,
+        spec: ProbeSpec | None = None,
+    ) -> None:
         site = ResolvedSite(
             module=text(file.path),
             build_id=index.build_id,
@@ -248,10 +272,13 @@ class Resolver:
                     reason="TextRelocation",
                     hint="probe another instruction of the function, or a build with -fPIC",
                 )
+            computed = None if spec is None else self._computed(plan, spec, file, index, place, module)
         except TraplineError as e:
             site.refused = e.to_wire()
             return
         site.instruction, site.step = step.text, step.method
+        if computed is not None:
+            plan.fetches = computed[0]
         label = f"{module}:{place.label}"
         if label not in plan.sites:
             plan.sites.append(label)
@@ -266,8 +293,61 @@ class Resolver:
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
                 go=place.go,
+                program=computed[1] if computed is not None else None,
             )
         )
+
+    def _computed(
+        self, plan: Plan, spec: ProbeSpec, file: FoundFile, index: SymbolIndex, place: _Place, module: str
+    ) -> tuple[list[FetchPlan], Program | None]:
+        """Returns the probe's columns so far, and what is computed at a place. Raises TraplineError, with the place in the
+        probe's text."""
+        segment = index.segment_at(place.offset)
+        debug, scope, unread = None, None, None
+        if self._redact is not None or needs_scope(spec.captures, spec.condition, spec.kind):
+            try:
+                debug = self._debug(file)
+                scope = None if debug is None else debug.scope(place.offset)
+            except TraplineError as e:
+                unread = e  # it matters only where something is called by its name
+        symbol = place.symbol.name if place.symbol else ""
+        constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}
+        if scope is not None:
+            constants |= {"file": scope.file or scope.function.file, "line": scope.line or scope.function.line}
+            constants["func"] = scope.function.name or symbol
+        is_go = place.go or (index.is_go and "." in symbol)
+        try:
+            fetches, program = compiled(
+                spec.captures,
+                spec.condition,
+                Site(
+                    module=module,
+                    kind=spec.kind,
+                    entry=scope.entry if scope is not None else place.symbol is not None and not place.symbol_offset,
+                    go=is_go and not place.symbol_offset,
+                    vaddr=place.offset + (segment.vaddr - segment.offset if segment else 0),
+                    symbol=symbol,
+                    scope=scope,
+                    debug=debug,
+                    constants=constants,
+                    redact=self._redact or (lambda names: False),
+                ),
+            )
+        except TraplineError as e:
+            if isinstance(e, NoDebugInfo) and unread is not None:
+                raise unread from e
+            if e.text and e.position is not None:
+                e.text, e.position = spec.text, place_of(spec, e.text) + e.position
+            raise
+        if not plan.plans or fetches == plan.fetches:
+            return fetches, program
+        columns = merged(plan.fetches, fetches)
+        if columns != plan.fetches and _is_plain(plan.fetches):
+            others = explicit(plan.fetches)
+            plan.plans = [msgspec.structs.replace(p, program=p.program or others) for p in plan.plans]
+        if columns != fetches and _is_plain(fetches):
+            program = program or explicit(fetches)
+        return columns, program
 
     # --- processes
 
@@ -530,6 +610,33 @@ def _require_boundary(fd: int, index: SymbolIndex, place: _Place, module: str) -
         suggestions=near,
         reason="MidInstruction",
     )
+
+
+# --- what is computed ---
+
+
+def with_columns(plan: Plan, columns: list[FetchPlan]) -> Plan:
+    """Returns a plan whose sites all fill these columns.
+
+    Raises:
+        Unsupported: its values are of other types.
+    """
+    own = plan.fetches
+    if own == columns:
+        return plan
+    if _is_plain(columns) or [c.column for c in merged(columns, own)] != [c.column for c in columns]:
+        raise Unsupported(
+            "what the probe captures is of other types in files that have come since",
+            hint="probe these files apart",
+            reason="CaptureType",
+        )
+    plain = explicit(own) if _is_plain(own) else None
+    plans = [msgspec.structs.replace(p, program=p.program or plain) for p in plan.plans]
+    return replace(plan, plans=plans, fetches=columns)
+
+
+def _is_plain(fetches: Iterable[FetchPlan]) -> bool:
+    return all(f.register for f in fetches)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ TICK_S = 0.01
 """Agents flush so often (docs/architecture)."""
 IN_FLIGHT_BYTES = 1024 * 1024
 """At ``max``: so much may be unacknowledged before the next batch."""
-CAPTURES = [(f"arg{i}", False) for i in range(6)]
+CAPTURES = [(f"arg{i}", "u64") for i in range(6)]
 
 
 def _same(observed: p.Observed) -> p.Observed:

@@ -10,10 +10,11 @@ import numpy as np
 
 from trapline.errors import ProtocolError
 from trapline.protocol import hits, stacks
-from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, ValueStatus
+from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, JsonValue, ValueStatus, in_json
 
 _MAX_INT64 = 2**63 - 1
 _EXACT_IN_JAVASCRIPT = 2**53
+_CONVERTED = ("i64", "f64", "bool", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class _Row(msgspec.Struct):
     tid: int
     comm: str
     site: str
-    args: dict[str, int | str | None]
+    args: dict[str, JsonValue | None]
     status: dict[str, str]
     stacks: dict[str, list[_Frame]]
 
@@ -106,7 +107,7 @@ def rows_json(batch: HitBatch) -> str:
     count = h.count
     columns = {name: column.tolist() for name, column in batch.columns.items()}
     ts, pids, tids, sites = (columns[name] for name, _ in FIXED)
-    args: list[dict[str, int | str | None]] = [{} for _ in range(count)]
+    args: list[dict[str, JsonValue | None]] = [{} for _ in range(count)]
     statuses: list[dict[str, str]] = [{} for _ in range(count)]
     frames: list[dict[str, list[_Frame]]] = [{} for _ in range(count)]
     texts = [s.decode("utf-8", "backslashreplace") for s in h.strings]
@@ -125,6 +126,10 @@ def rows_json(batch: HitBatch) -> str:
             for i, which in enumerate(values):
                 frames[i][name] = lists[which]
             values = [shown[which] for which in values]
+        elif column.type in _CONVERTED:
+            ok = batch.columns[name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
+            convert = in_json(column.type, h.strings)
+            values = [convert(v) if good else None for v, good in zip(values, ok.tolist(), strict=True)]
         elif column.type == "u64" and int(batch.columns[name].max()) > _EXACT_IN_JAVASCRIPT:
             values = [v if v <= _EXACT_IN_JAVASCRIPT else str(v) for v in values]
         for row, value in zip(args, values, strict=True):

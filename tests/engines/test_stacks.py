@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from tests.engines.host import Host, Probe
 from tests.support import needs
@@ -14,7 +15,10 @@ from tests.support.targets import Targets
 from tests.unwind.there import provide
 from trapline.protocol.hits import ValueStatus
 from trapline.protocol.stacks import End, Stack, numbers_of, unpack
+from trapline.spec import parse_probe
+from trapline_agent.capture.compiler import Site
 from trapline_agent.capture.evaluate import Evaluator
+from trapline_agent.capture.program import compiled
 from trapline_agent.engines import ring
 from trapline_agent.plans import FetchPlan
 from trapline_agent.targets import maps
@@ -130,6 +134,27 @@ def test_a_stack_at_a_return(host: Host, targets: Targets) -> None:
             unpack(batch.header.strings[batch.columns[c][0]], batch.header.files) for c in ("stack", "caller")
         )
         assert named(stack) == ["target_down", "target_down", "obey", "main"]
+        assert named(caller) == ["target_down"]
+
+
+def test_a_stack_beside_what_a_program_computes(host: Host, targets: Targets) -> None:
+    """With a condition: of what it leaves out no stack is taken."""
+    program = targets.build("stacks")
+    wanted = with_tables(host)
+    with targets.run("stacks") as child:
+        plan = host.files.plan(program, "target_down")
+        spec = parse_probe(f"{program}:target_down if arg0 == 2 {{ustack(2), twice=arg0 * 2, caller}}")
+        columns, computed = compiled(spec.captures, spec.condition, Site())
+        probe = host.register(structs.replace(plan, program=computed), fetches=columns, pid=child.pid)
+        provide(host.table.stacks, wanted, Tables())
+        child.ask("deep 3")
+        (batch,) = probe.batches()
+        assert batch.columns["twice"].tolist() == [4]
+        assert batch.columns["ustack(2)?"].tolist() == [ValueStatus.OK]
+        stack, caller = (
+            unpack(batch.header.strings[batch.columns[c][0]], batch.header.files) for c in ("ustack(2)", "caller")
+        )
+        assert (named(stack), stack.end) == (["target_down"] * 2, End.LIMIT)
         assert named(caller) == ["target_down"]
 
 

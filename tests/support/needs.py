@@ -100,6 +100,25 @@ def go() -> str:
     return _runs("go", "version")
 
 
+@_need("rustc", "apt-get install rustc")
+def rustc() -> str:
+    return _runs("rustc", "--version")
+
+
+@_need("dwz", "apt-get install dwz")
+def dwz() -> str:
+    return _runs("dwz", "--version")
+
+
+@_need("libdw", "apt-get install libdw1")
+def libdw() -> str:
+    try:
+        ctypes.CDLL("libdw.so.1")
+    except OSError as e:
+        return str(e)
+    return ""
+
+
 @_need("musl", "apt-get install musl-tools")
 def musl() -> str:
     return _runs("musl-gcc", "--version")
@@ -113,6 +132,20 @@ def mounts() -> str:
 @_need("gdb", "apt-get install gdb")
 def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")
+
+
+@_need("libc-debug", "apt-get install libc6-dbg")
+def libc_debug() -> str:
+    return (
+        ""
+        if any(Path("/usr/lib/debug/.build-id").glob("*/*.debug"))
+        else "there is nothing in /usr/lib/debug/.build-id"
+    )
+
+
+@_need("python-debug", "apt-get install python3-dbg")
+def python_debug() -> str:
+    return _runs("/usr/bin/python3.11-dbg", "-c", "")
 
 
 @_need("strace", "apt-get install strace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trapline.errors import ProtocolError
+from trapline.model import Hit
 from trapline.protocol import hits
 from trapline.protocol.hits import FIXED, Header, HitBatch, ValueStatus
 from trapline.protocol.stacks import BY_FRAME_POINTER, End, StackFile
@@ -20,7 +22,7 @@ _WORD = st.integers(0, 2**64 - 1)
 @st.composite
 def batches(draw: st.DrawFn) -> HitBatch:
     names = draw(st.lists(st.text("abcxyz0()", min_size=1, max_size=8), unique=True, max_size=4))
-    captured = [(n, draw(st.sampled_from(["u64", "str", "stack"]))) for n in names if n not in dict(FIXED)]
+    captured = [(n, draw(st.sampled_from(sorted(hits.VALUE_TYPES)))) for n in names if n not in dict(FIXED)]
     count = draw(st.integers(1, 9))
     frames = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), max_size=9)
     words = st.tuples(st.sampled_from(End), st.sampled_from([0, BY_FRAME_POINTER]), frames)
@@ -30,10 +32,10 @@ def batches(draw: st.DrawFn) -> HitBatch:
     columns = hits.schema(captured)
     values = {}
     for c in columns:
-        top = {"u64": 2**64 - 1, "u32": 2**32 - 1, "str": len(strings) - 1, "stack": len(strings) - 1, "u8": 6}[c.type]
-        values[c.name] = np.array(
-            draw(st.lists(st.integers(0, top), min_size=count, max_size=count)), hits.row_dtype([c])[0]
-        )
+        top = {"u64": 2**64 - 1, "u32": 2**32 - 1, "i64": 2**63 - 1, "u8": 6, "bool": 1}.get(c.type, len(strings) - 1)
+        bottom = -(2**63) if c.type == "i64" else 0
+        value = st.floats() if c.type == "f64" else st.integers(bottom, top)
+        values[c.name] = np.array(draw(st.lists(value, min_size=count, max_size=count)), hits.row_dtype([c])[0])
     values["ts"] = values["ts"] % np.uint64(2**60)
     header = Header(
         host="h",
@@ -61,7 +63,7 @@ def test_round_trip(batch: HitBatch) -> None:
     read = hits.decode(frame)
     assert read.header == batch.header
     for name, column in batch.columns.items():
-        assert read.columns[name].tolist() == column.tolist()
+        assert read.columns[name].tobytes() == column.tobytes()
         if read.columns[name].dtype.itemsize == 8:
             assert read.columns[name].ctypes.data % 8 == np.frombuffer(frame, "u1").ctypes.data % 8
     rows = list(read.hits())
@@ -70,8 +72,21 @@ def test_round_trip(batch: HitBatch) -> None:
         for name, value in hit.args.items():
             status = ValueStatus(int(batch.columns[name + "?"][i]))
             assert (value is None) == (status > ValueStatus.TRUNCATED)
-            if isinstance(value, int):
-                assert value == int(batch.columns[name][i])
+            kind = next(c.type for c in batch.header.columns if c.name == name)
+            match kind, value:
+                case "bytes", str():
+                    assert bytes.fromhex(value) == batch.header.strings[batch.columns[name][i]]
+                case (("u64" | "i64"), (int() | str())):
+                    assert int(value) == int(batch.columns[name][i])
+                    assert isinstance(value, str) == (abs(int(value)) > 2**53)
+                case "f64", (float() | str()):
+                    assert repr(float(value)) == repr(float(batch.columns[name][i]))
+                    assert isinstance(value, float) == math.isfinite(float(value))
+                case "bool", _:
+                    assert value in (None, True, False)
+                case _:
+                    assert value is None or kind in ("str", "stack")
+            assert Hit.model_validate_json(hit.model_dump_json()).args[name] == value
 
 
 @given(st.binary(max_size=400))

@@ -28,10 +28,11 @@ STRINGS = [
 ]
 
 
-def _batch(count: int, columns: list[Column], values: dict[str, list[int]], **fields: Any) -> HitBatch:
+def _batch(count: int, columns: list[Column], values: dict[str, Any], **fields: Any) -> HitBatch:
     ts = [5_000_000_000 + 1_500 * i for i in range(count)]
     fixed = {"ts": ts, "pid": [70 + i % 2 for i in range(count)], "tid": [700 + i for i in range(count)]}
-    arrays = {k: np.array(v, np.uint64) for k, v in {**fixed, "site": [0] * count, **values}.items()}
+    types = {c.name: {"i64": np.int64, "f64": np.float64}.get(c.type, np.uint64) for c in columns}
+    arrays = {k: np.array(v, types[k]) for k, v in {**fixed, "site": [0] * count, **values}.items()}
     header = Header(
         **{
             "host": "hst_a",
@@ -60,16 +61,28 @@ def batches() -> dict[str, HitBatch]:
     words = [0, 1, 4096, 2**32, 2**53, 2**53 + 1, 2**63, 2**64 - 1]
     return {
         "one row, nothing captured": _batch(1, schema([]), {}),
-        "words of every size": _batch(8, schema([("size", False)]), {"size": words, "size?": [0] * 8}),
+        "words of every size": _batch(8, schema([("size", "u64")]), {"size": words, "size?": [0] * 8}),
+        "signed, real and true": _batch(
+            5,
+            schema([("n", "i64"), ("x", "f64"), ("ok", "bool"), ("raw", "bytes")]),
+            {
+                "n": [-1, -(2**63), 2**63 - 1, -(2**53) - 1, 0],
+                "x": [1.5, float("nan"), float("-inf"), -0.0, 1e300],
+                "ok": [0, 1, 1, 0, 1],
+                "raw": [0, 1, 0, 0, 1],
+                **{f"{name}?": [0, 0, 1, 0, 3] for name in ("n", "x", "ok", "raw")},
+            },
+            strings=[b"", b"\x00\xff\x7fGET"],
+        ),
         "strings": _batch(
             len(STRINGS),
-            schema([("path", True)]),
+            schema([("path", "str")]),
             {"path": list(range(len(STRINGS))), "path?": [0, 0, 0, 0, 1, 1, 0]},
             strings=STRINGS,
         ),
         "every status, and one to come": _batch(
             9,
-            schema([("p", False), ("s", True)]),
+            schema([("p", "u64"), ("s", "str")]),
             {"p": list(range(9)), "p?": [*range(7), 9, 255], "s": [0] * 9, "s?": [0] * 9},
             strings=[b"x"],
         ),
@@ -102,7 +115,7 @@ def batches() -> dict[str, HitBatch]:
         ),
         "odd paddings": _batch(
             5,
-            schema([(f"a{i}", i % 2 == 1) for i in range(5)]),
+            schema([(f"a{i}", "str" if i % 2 else "u64") for i in range(5)]),
             {f"a{i}{q}": [0] * 5 for i in range(5) for q in ("", "?")},
             strings=[b"only"],
         ),
@@ -133,7 +146,7 @@ def malformed() -> dict[str, bytes]:
         "a negative sequence": _frame({**header, "seq": -1, "columns": fixed}, row),
         "no fixed columns": _frame({**header, "columns": fixed[1:]}, row),
         "no status column": _frame({**header, "columns": [*fixed, {"name": "x", "type": "u64"}]}, row + bytes(8)),
-        "an unknown type": _frame({**header, "columns": [*fixed, {"name": "x?", "type": "f64"}]}, row + bytes(8)),
+        "an unknown type": _frame({**header, "columns": [*fixed, {"name": "x?", "type": "f128"}]}, row + bytes(8)),
         "a column twice": _frame({**header, "columns": [*fixed, *[{"name": "x?", "type": "u8"}] * 2]}, row + bytes(16)),
     }
 

@@ -106,7 +106,7 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
         return
     status = found.status
     counters = status.counters
-    text = unreturned(counters.calls, counters.hits + counters.limited, status.unreturned_by_reason)
+    text = unreturned(counters.calls, counters.hits + counters.filtered + counters.limited, status.unreturned_by_reason)
     facts = [
         ("name", found.name),
         ("id", found.id),
@@ -118,6 +118,7 @@ def show(probe: ProbeName, json: Json = False, url: Url = None, token: Token = N
             f"{counters.hits:,} ({counters.dropped:,} dropped{_reasons(status.dropped_by_reason)}"
             f"{uncovered(counters.uncovered_ms)})",
         ),
+        *([("filtered", f"{counters.filtered:,}")] if found.spec.condition else []),
         *(
             [("calls", f"{counters.calls:,}" + (f" (not returned: {text})" if text else ""))]
             if found.spec.kind is ProbeKind.RETURN

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from trapline.model import Hit
-from trapline.protocol.hits import FIXED, STATUS_SUFFIX, HitBatch, ValueStatus
-from trapline.protocol.stacks import Name, lines, place, text, unpack
+from trapline.protocol.hits import FIXED, INTERNED, STATUS_SUFFIX, HitBatch, JsonValue, ValueStatus, in_json
+from trapline.protocol.stacks import Name, lines, place, unpack
 
 _ADDRESS = 1 << 32
-_JSON_EXACT = 2**53
 _BEYOND = {
     ValueStatus.NULL: "NULL",
     ValueStatus.FAULT: "<fault>",
@@ -38,7 +38,22 @@ def _escape(c: str) -> str:
 
 def word(value: int) -> str:
     """Returns a captured word: what looks like an address in hex, anything else in decimal."""
+    if value is True or value is False:
+        return "true" if value else "false"
     return str(value) if value < _ADDRESS else hex(value)
+
+
+def real(value: float) -> str:
+    """Returns a floating-point number, as short as it can be without being another one."""
+    return repr(value)
+
+
+def _shown(kind: str, strings: Sequence[bytes]) -> Callable[[Any], str]:
+    """Returns what makes a column's values what people are shown."""
+    if kind in INTERNED:
+        text = in_json(kind, strings)
+        return [quote(str(text(i))) for i in range(len(strings))].__getitem__
+    return {"f64": real, "bool": lambda value: word(bool(value))}.get(kind, word)
 
 
 def plain(text: str) -> str:
@@ -105,7 +120,6 @@ class Lines:
             yield [texts.get(i, "") for i in which]
 
     def _captured(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
-        strings = [quote(s.decode("utf-8", "backslashreplace")) for s in batch.header.strings]
         for column in batch.header.columns[len(FIXED) :]:
             if column.name.endswith(STATUS_SUFFIX):
                 continue
@@ -117,30 +131,23 @@ class Lines:
                 yield ["" if len(found[i]) > 1 else prefix + plain("".join(found[i])) for i in values]
                 continue
             states = batch.columns[column.name + STATUS_SUFFIX][:stop].tolist()
-            is_string = column.type == "str"
+            show = _shown(column.type, batch.header.strings)
             cells = []
             for value, state in zip(values, states, strict=True):
                 if state > ValueStatus.TRUNCATED:
                     cells.append(prefix + _BEYOND.get(state, "<?>"))
-                elif is_string:
-                    cells.append(prefix + strings[value] + ("..." if state else ""))
                 else:
-                    cells.append(prefix + word(value))
+                    cells.append(prefix + show(value) + ("..." if state else ""))
             yield cells
 
     def ndjson(self, batch: HitBatch, stop: int | None = None) -> str:
         """Returns the first ``stop`` hits of a batch (None: all) as JSON, one a line."""
         h = batch.header
         ts, pids, tids, sites = (batch.columns[name][:stop].tolist() for name, _ in FIXED)
-        strings = [s.decode("utf-8", "backslashreplace") for s in h.strings]
-        captured: list[tuple[str, Sequence[str] | Mapping[int, str] | None, list[int], list[int]]] = [
+        captured = [
             (
                 column.name,
-                strings
-                if column.type == "str"
-                else self._texts(batch, column.name)
-                if column.type == "stack"
-                else None,
+                in_json(column.type, h.strings, h.files, self._name),
                 batch.columns[column.name][:stop].tolist(),
                 batch.columns[column.name + STATUS_SUFFIX][:stop].tolist(),
             )
@@ -149,18 +156,13 @@ class Lines:
         ]
         out = []
         for i, (at, pid, tid, site) in enumerate(zip(ts, pids, tids, sites, strict=True)):
-            args: dict[str, int | str | None] = {}
+            args: dict[str, JsonValue | None] = {}
             status: dict[str, str] = {}
-            for name, table, values, states in captured:
+            for name, convert, values, states in captured:
                 value, state = values[i], states[i]
                 if state:
                     status[name] = ValueStatus(state).text if state in _STATES else f"status-{state}"
-                if state > ValueStatus.TRUNCATED:
-                    args[name] = None
-                elif table is not None:
-                    args[name] = table[value]
-                else:
-                    args[name] = value if value <= _JSON_EXACT else str(value)
+                args[name] = None if state > ValueStatus.TRUNCATED else convert(value)
             wall = at + h.clock_offset
             hit = {
                 "probe": h.probe,
@@ -177,11 +179,6 @@ class Lines:
             }
             out.append(_encode(hit).decode())
         return "\n".join(out) + "\n"
-
-    def _texts(self, batch: HitBatch, column: str) -> dict[int, str]:
-        h = batch.header
-        which = set(batch.columns[column].tolist())
-        return {i: text(unpack(h.strings[i], h.files), self._name) for i in which}
 
 
 _STATES = frozenset(ValueStatus)
@@ -206,10 +203,9 @@ def format_hit(hit: Hit, probe: str, names: Mapping[str, Sequence[str]] | None =
                 below += [f"\n        {plain(n)}" for n in stack]
         elif value is None:
             values.append(f"{name}={'NULL' if state == 'null' else f'<{state}>'}")
-        elif isinstance(value, int):
-            values.append(f"{name}={word(value)}")
         else:
-            values.append(f"{name}={quote(value)}{'...' if state else ''}")
+            shown = real(value) if isinstance(value, float) else quote(value) if isinstance(value, str) else word(value)
+            values.append(f"{name}={shown}{'...' if state else ''}")
     who = f"{hit.pid}" if hit.pid == hit.tid else f"{hit.pid}/{hit.tid}"
     site = plain(hit.site) or plain(probe)
     return f"{_clock(int(hit.ts_ns))} {who} {plain(hit.comm)} {site}({', '.join(values)}){''.join(below)}"

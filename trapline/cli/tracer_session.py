@@ -35,10 +35,12 @@ from trapline.cli.console import (
 from trapline.cli.folded import Folded
 from trapline.cli.rows import Lines
 from trapline.errors import NotFound, SpecError, TraplineError
-from trapline.model import CaptureKind, DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
+from trapline.expressions import is_stack
+from trapline.model import DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
 from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
 from trapline.state import state_dir
+from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
@@ -193,7 +195,7 @@ class Session:
         """Raises SpecError for a text that is wrong, Unsupported for one that this release cannot do."""
         spec = parse_probe(text)
         require_supported(spec)
-        if self._options.folded and not any(c.kind is CaptureKind.STACK for c in spec.captures):
+        if self._options.folded and not any(is_stack(c.text) for c in spec.captures):
             raise SpecError("--folded counts stacks, and this probe captures none", text=text, hint="add {ustack()}")
         for key, value in (("pid", self._options.pid), ("comm", self._options.name)):
             if value:
@@ -249,7 +251,8 @@ class Session:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
                 try:
-                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid))
+                    debug = DebugFiles(state_dir()).of
+                    await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid, debug=debug))
                 finally:
                     await self._keeper.stop()
             finally:
@@ -361,8 +364,12 @@ class Session:
         print_table(("PROBE", "PROCESSES", "HITS", "DROPPED", "OVERHEAD/HIT"), rows, console=err)
         for probe, traced in self._probes.items():
             stats = traced.run.stats
-            if stats and (text := unreturned(stats.calls, stats.hits + stats.limited, stats.unreturned)):
+            if stats and (
+                text := unreturned(stats.calls, stats.hits + stats.filtered + stats.limited, stats.unreturned)
+            ):
                 note(f"{probe}: of {stats.calls:,} calls, not seen to return: {text}")
+            if stats and stats.filtered:
+                note(f"{probe}: {stats.filtered:,} more did not match the condition")
             if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
                 note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
 

@@ -13,15 +13,16 @@ strings, sites and process names are tables in its own header, so it can be stor
 who came late (docs/adr/0003 says why they are not interned per connection).
 
 Fixed columns: ``ts`` u64 (CLOCK_MONOTONIC ns of the host), ``pid`` u32, ``tid`` u32, ``site`` u32 (index into
-``sites``). Then for each captured value a column by its name, u64 words or u32 indices into ``strings`` (texts, or packed
-stacks, whose files are in ``files``: ``trapline.protocol.stacks``), and after all of them for each a u8 column ``NAME?``
-with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of (probe, source); they begin at 0.
+``sites``). Then for each captured value a column by its name and of its type (``VALUE_TYPES``), and after all of them for
+each a u8 column ``NAME?`` with its ``ValueStatus``. Sequence numbers are implied: row i is hit ``seq + i`` of
+(probe, source); they begin at 0.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -46,8 +47,19 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "str": np.dtype("<u4"),
     "stack": np.dtype("<u4"),
     "u8": np.dtype("u1"),
+    "i64": np.dtype("<i8"),
+    "f64": np.dtype("<f8"),
+    "bool": np.dtype("u1"),
+    "bytes": np.dtype("<u4"),
 }
-_INDICES = frozenset(("str", "stack"))
+VALUE_TYPES = {"u64": "Q", "i64": "q", "f64": "d", "bool": "B", "str": "I", "bytes": "I", "stack": "I"}
+"""Types of captured values, and how ``struct`` packs them. ``str``, ``bytes`` and ``stack`` (packed as
+``trapline.protocol.stacks`` says, its files are in ``files``) are indices into ``strings``."""
+INTERNED = ("str", "bytes", "stack")
+JsonValue = bool | int | float | str
+_NO_FILES: Mapping[int, StackFile] = {}
+_JSON_EXACT = 2**53
+"""Up to here JavaScript's numbers hold every integer."""
 FIXED = (("ts", "u64"), ("pid", "u32"), ("tid", "u32"), ("site", "u32"))
 STATUS_SUFFIX = "?"
 
@@ -69,8 +81,7 @@ class ValueStatus(IntEnum):
 
 
 class Column(msgspec.Struct, frozen=True):
-    """Name and type (``u64 u32 str stack u8``) of a column; ``str`` and ``stack`` are u32 indices into the header's
-    ``strings``."""
+    """Name and type of a column; ``str`` (text), ``bytes`` and ``stack`` are u32 indices into the header's ``strings``."""
 
     name: str
     type: str
@@ -130,29 +141,20 @@ class HitBatch:
         """Yields rows as ``Hit``s, for JSON; ``start`` and ``stop`` are row numbers."""
         h = self.header
         captured = [c for c in h.columns[len(FIXED) :] if not c.name.endswith(STATUS_SUFFIX)]
+        convert = {c.name: in_json(c.type, h.strings, h.files) for c in captured}
         rows = range(start, h.count if stop is None else min(stop, h.count))
         ts, pids, tids, sites = (self.columns[name] for name, _ in FIXED)
         for i in rows:
             wall = int(ts[i]) + h.clock_offset
-            args: dict[str, int | str | None] = {}
+            args: dict[str, JsonValue | None] = {}
             status: dict[str, str] = {}
             frames: dict[str, list[StackFrame]] = {}
             for c in captured:
                 st = int(self.columns[c.name + STATUS_SUFFIX][i])
-                value: int | str | None
-                if st > ValueStatus.TRUNCATED:
-                    value = None
-                elif c.type == "stack":
+                args[c.name] = None if st > ValueStatus.TRUNCATED else convert[c.name](self.columns[c.name][i].item())
+                if c.type == "stack" and st <= ValueStatus.TRUNCATED:
                     stack = stacks.unpack(h.strings[int(self.columns[c.name][i])], h.files)
-                    value = stacks.text(stack)
                     frames[c.name] = [_frame(f) for f in stack.frames]
-                elif c.type == "str":
-                    value = h.strings[int(self.columns[c.name][i])].decode("utf-8", "backslashreplace")
-                else:
-                    value = int(self.columns[c.name][i])
-                    if value > 2**53:
-                        value = str(value)
-                args[c.name] = value
                 if st:
                     status[c.name] = _status_text(st)
             site = int(sites[i])
@@ -175,6 +177,39 @@ class HitBatch:
 
 def _frame(frame: stacks.Frame) -> StackFrame:
     return StackFrame(path=frame.file.path, build_id=frame.file.build_id, file=frame.file.file, offset=frame.offset)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
+
+
+def _number(value: int) -> int | str:
+    return value if -_JSON_EXACT <= value <= _JSON_EXACT else str(value)
+
+
+def _real(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def in_json(
+    kind: str, strings: Sequence[bytes], files: Mapping[int, StackFile] = _NO_FILES, name: stacks.Name = stacks.placed
+) -> Callable[[Any], JsonValue]:
+    """Returns what makes a column's values (as ``tolist`` has them) what ``trapline.model.Hit`` has.
+
+    Args:
+        kind: the column's type.
+        strings: the batch's.
+        files: the batch's.
+        name: names the frames of stacks.
+    """
+    if kind == "stack":
+        return lambda index: stacks.text(stacks.unpack(strings[index], files), name)
+    if kind in INTERNED:
+        texts = [_text(s) if kind == "str" else s.hex() for s in strings]
+        return texts.__getitem__
+    if kind == "bool":
+        return bool
+    return _real if kind == "f64" else _number
 
 
 def _status_text(value: int) -> str:
@@ -236,7 +271,7 @@ def decode(frame: bytes | memoryview) -> HitBatch:
         raw = dtype.itemsize * header.count
         at += raw + _pad(raw)
     for c in header.columns:
-        if c.type in _INDICES:
+        if c.type in INTERNED:
             ok = columns[c.name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             if ok.any() and int(columns[c.name][ok].max()) >= len(header.strings):
                 raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
@@ -248,10 +283,10 @@ def decode(frame: bytes | memoryview) -> HitBatch:
     return HitBatch(header, columns)
 
 
-def schema(captures: Sequence[tuple[str, str | bool]]) -> list[Column]:
-    """Returns the columns of a probe that captures these (name, type) values; True stands for ``str``, False for ``u64``."""
+def schema(captures: Sequence[tuple[str, str]]) -> list[Column]:
+    """Returns the columns of a probe that captures these (name, type) values; types are those of ``VALUE_TYPES``."""
     columns = [Column(n, t) for n, t in FIXED]
-    columns += [Column(name, kind if isinstance(kind, str) else "str" if kind else "u64") for name, kind in captures]
+    columns += [Column(name, kind) for name, kind in captures]
     columns += [Column(name + STATUS_SUFFIX, "u8") for name, _ in captures]
     return columns
 
@@ -264,4 +299,4 @@ def row_dtype(columns: Sequence[Column]) -> np.dtype[Any]:
 
 def row_format(columns: Sequence[Column]) -> str:
     """Returns the ``struct`` format of ``row_dtype``: what ``struct.pack_into`` takes at the trap."""
-    return "<" + "".join({"u64": "Q", "u32": "I", "str": "I", "stack": "I", "u8": "B"}[c.type] for c in columns)
+    return "<" + "".join(({"u32": "I", "u8": "B"} | VALUE_TYPES)[c.type] for c in columns)

@@ -114,11 +114,12 @@ Name = Callable[[Frame], Iterable[str]]
 """The names of a frame: the functions that are inlined there, innermost first, then the function itself."""
 
 
-def _placed(frame: Frame) -> Iterable[str]:
+def placed(frame: Frame) -> Iterable[str]:
+    """Names a frame by its place alone."""
     return (place(frame),)
 
 
-def lines(stack: Stack, name: Name = _placed) -> list[str]:
+def lines(stack: Stack, name: Name = placed) -> list[str]:
     """Returns a stack's names, innermost first; one that could not be followed ends in the reason."""
     names = [n for frame in stack.frames for n in name(frame)]
     if not stack.is_whole:
@@ -126,12 +127,12 @@ def lines(stack: Stack, name: Name = _placed) -> list[str]:
     return names
 
 
-def text(stack: Stack, name: Name = _placed) -> str:
+def text(stack: Stack, name: Name = placed) -> str:
     """Returns a stack on one line, as ``malloc <- operator new <- main``."""
     return " <- ".join(lines(stack, name))
 
 
-def folded(stack: Stack, name: Name = _placed, *, root: Sequence[str] = ()) -> str:
+def folded(stack: Stack, name: Name = placed, *, root: Sequence[str] = ()) -> str:
     """Returns a stack as flamegraph.pl and speedscope read it: outermost first, separated by semicolons.
 
     Args:

@@ -8,12 +8,19 @@ function frame(hex: string, prefix: number): ArrayBuffer {
   return out.buffer;
 }
 
+/** As JSON has it: what its numbers do not hold is text. */
+function inJson(v: bigint | number | boolean | string | null): unknown {
+  if (typeof v === "bigint") return v <= 2n ** 53n && v >= -(2n ** 53n) ? Number(v) : v.toString();
+  if (typeof v !== "number" || Number.isFinite(v)) return v;
+  return Number.isNaN(v) ? "nan" : v > 0 ? "inf" : "-inf";
+}
+
 /** A row as Python's `Hit` says it in JSON. */
 function asHit(r: HitRow): Record<string, unknown> {
   const args: Record<string, unknown> = {};
   const status: Record<string, string> = {};
   for (const a of r.args) {
-    args[a.name] = typeof a.value === "bigint" && a.value <= 2n ** 53n ? Number(a.value) : typeof a.value === "bigint" ? a.value.toString() : a.value;
+    args[a.name] = inJson(a.value);
     if (a.status !== "ok") status[a.name] = a.status;
   }
   const { probe, host, seq, pid, tid, comm, site } = r;

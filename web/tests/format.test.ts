@@ -59,7 +59,7 @@ test("what a return probe has not seen return", () => {
     ({
       spec: { kind: "ur" },
       status: {
-        counters: { calls, hits, limited: 0, unreturned: Object.values(reasons).reduce((a, b) => a + b, 0) },
+        counters: { calls, hits, filtered: 0, limited: 0, unreturned: Object.values(reasons).reduce((a, b) => a + b, 0) },
         unreturned_by_reason: reasons,
       },
     }) as unknown as Parameters<typeof callsLine>[0];

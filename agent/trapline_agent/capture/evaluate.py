@@ -14,15 +14,10 @@ from operator import itemgetter
 from trapline.protocol.hits import ValueStatus
 from trapline.protocol.stacks import End
 from trapline_agent.arch.x86_64.registers import INDEX
+from trapline_agent.capture.compute import USER_TOP, Walk
 from trapline_agent.plans import LATENCY, FetchPlan
 
 _WHOLE = bytes((End.LIMIT,))
-_USER_TOP = 0x7FFF_FFFF_F000
-"""End of user addresses with four-level page tables (Documentation/arch/x86/x86_64/mm.rst); above it reads fault anyway."""
-
-
-Walk = Callable[[int, Sequence[int], int, int, int], bytes]
-"""``unwind.walk.Stacks.walk``: process, registers, descriptor of its memory, most frames, frames to skip; a packed stack."""
 
 
 def _no_stack(pid: int, words: Sequence[int], memory: int, depth: int, skip: int) -> bytes:
@@ -170,7 +165,7 @@ def read_string(memory: int, address: int, limit: int) -> tuple[bytes, ValueStat
     """
     if address == 0:
         return b"", ValueStatus.NULL
-    if address >= _USER_TOP:
+    if address >= USER_TOP:
         return b"", ValueStatus.FAULT
     try:
         data = os.pread(memory, limit, address)

@@ -1,60 +1,154 @@
-"""From a probe's captures to what the tracer fetches at the trap."""
+"""From a probe's captures and condition to what the tracer computes at one site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from trapline.errors import Unsupported
-from trapline.expressions import CALLER
-from trapline.model import Capture, CaptureKind, ProbeKind
-from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, REGISTERS, RESULT_REGISTER
-from trapline_agent.plans import LATENCY, FetchPlan
+from trapline.expressions import ARGUMENT
+from trapline.model import Capture, ProbeKind
+from trapline.tree import Call, Field, Name, parse, walk
+from trapline_agent.capture.compiler import Compiler, Site, unified
+from trapline_agent.plans import LATENCY, Context, Entry, FetchPlan, Frames, Program, Register, Text, Value
 
-_OF_A_RETURN = (
-    Capture(text="retval", name="retval", operand="retval"),
-    Capture(text=LATENCY, name=LATENCY, operand=LATENCY),
-)
+_OF_A_RETURN = (Capture(text="retval", name="retval"), Capture(text=LATENCY, name=LATENCY))
 """What a return probe fetches that asks for nothing."""
+_ANYWHERE = Site()
 
 
-def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY) -> list[FetchPlan]:
-    """Returns one fetch for each capture, in order.
+def lower(captures: Iterable[Capture], kind: ProbeKind = ProbeKind.ENTRY, site: Site = _ANYWHERE) -> list[FetchPlan]:
+    """Returns a probe's columns where they are plain fetches, of registers and of strings that these point to.
 
     Raises:
-        Unsupported: an operand that this processor does not have.
+        Unsupported: they are more than that: ``compiled`` has them.
+        TraplineError: one of them means nothing there.
+    """
+    fetches, program = compiled(captures, "", replace(site, kind=kind))
+    if program is not None:
+        raise Unsupported("these captures are more than plain fetches")
+    return fetches
+
+
+def compiled(captures: Iterable[Capture], condition: str, site: Site) -> tuple[list[FetchPlan], Program | None]:
+    """Compiles what a probe computes at a site.
+
+    Args:
+        captures: its columns; of a return probe none means the result and the time.
+        condition: an expression; empty where there is none.
+        site: the place.
+
+    Returns:
+        The columns, and the site's program; None where the columns are plain fetches, which need none.
+
+    Raises:
+        TraplineError: an expression means nothing there; has its text and the place in it.
     """
     captures = list(captures)
-    if kind is ProbeKind.RETURN:
+    if site.kind is ProbeKind.RETURN:
         captures = captures or list(_OF_A_RETURN)
-    return [
-        FetchPlan(
-            c.name,
-            _register(c),
-            string=c.kind is CaptureKind.STRING,
-            max_bytes=c.max_bytes,
-            entry=c.entry,
-            late=c.late,
-            stack=c.frames,
-            skip=int(c.operand == CALLER and kind is ProbeKind.ENTRY),
-        )
-        for c in captures
-    ]
+    compiler = Compiler(site)
+    columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
+    holds = compiler.condition(condition) if condition else None
+    plain = [_plain(*column) for column in columns]
+    if holds is None and all(plain):
+        return [p for p in plain if p], None
+    program = Program(tuple(value for _, _, value in columns), holds)
+    return [FetchPlan(name, type=kind) for name, kind, _ in columns], program
 
 
-def _register(capture: Capture) -> str:
-    operand = capture.operand
-    if capture.kind is CaptureKind.STACK:
-        return "rip"
-    if operand == "retval":
-        return RESULT_REGISTER
-    if operand == LATENCY:
-        return LATENCY
-    number = operand.removeprefix("arg")
-    if number != operand and number.isdecimal() and int(number) < len(ARGUMENT_REGISTERS):
-        return ARGUMENT_REGISTERS[int(number)]
-    register = operand.removeprefix("reg.")
-    if register != operand and register in REGISTERS:
-        return register
-    raise Unsupported(
-        f"`{operand}` cannot be captured on x86-64", reason="Operand", hint="write arg0 to arg5 or reg.NAME"
-    )
+def needs_scope(captures: Iterable[Capture], condition: str, kind: ProbeKind) -> bool:
+    """Whether debug information has a say in what a probe computes."""
+    captures = list(captures)
+    if kind is ProbeKind.RETURN and not captures:
+        return True
+    texts = [c.text for c in captures] + ([condition] if condition else [])
+    for text in texts:
+        nodes = list(walk(parse(text)))
+        spaces = {
+            id(n.of) for n in nodes if isinstance(n, Field) and isinstance(n.of, Name) and n.of.id in ("reg", "ctx")
+        }
+        for node in nodes:
+            if (
+                isinstance(node, Name)
+                and id(node) not in spaces
+                and not ARGUMENT.fullmatch(node.id)
+                and node.id != LATENCY
+            ):
+                return True
+            if isinstance(node, Call) and node.function == "cast":
+                return True
+    return False
+
+
+def compile_values(expressions: Sequence[str], site: Site) -> list[tuple[str, Value]]:
+    """Compiles expressions alone: returns (column type, value) of each; ``evaluate.Values`` computes them.
+
+    Raises:
+        TraplineError: as ``compiled``.
+    """
+    compiler = Compiler(site)
+    return [compiler.column(text) for text in expressions]
+
+
+def merged(columns: Sequence[FetchPlan], others: Sequence[FetchPlan]) -> list[FetchPlan]:
+    """Returns columns that hold the values of two sites of one probe.
+
+    Raises:
+        Unsupported: one value is of another type at the other site.
+    """
+    both: list[FetchPlan] = []
+    for one, other in zip(columns, others, strict=True):
+        if one == other:
+            both.append(one)
+            continue
+        kind = unified(one.column, other.column)
+        if kind is None:
+            raise Unsupported(
+                f"`{one.name}` is {_of_type(other.column)} here, and {_of_type(one.column)} at the first place of the probe",
+                hint="probe these places apart",
+                reason="CaptureType",
+            )
+        both.append(FetchPlan(one.name, type=kind))
+    return both
+
+
+def explicit(fetches: Sequence[FetchPlan]) -> Program:
+    """Returns the program of plain fetches, for a probe whose other sites have programs."""
+    return Program(tuple(_value(f) for f in fetches))
+
+
+def _of_type(column: str) -> str:
+    return {"str": "a text", "bytes": "bytes", "stack": "a stack"}.get(column, "a number")
+
+
+def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:
+    """Returns the plain fetch that a value is, if it is one."""
+    match kind, value:
+        case "u64", Register(name=register):
+            return FetchPlan(name, register)
+        case "u64", Entry(of=Register(name=register)):
+            return FetchPlan(name, register, entry=True)
+        case "stack", Frames(depth=depth, skip=skip):
+            return FetchPlan(name, "rip", stack=depth, skip=skip)
+        case "u64", Context(name="latency"):
+            return FetchPlan(name, LATENCY)
+        case "str", Text(address=Register(name=register), limit=limit):
+            return FetchPlan(name, register, string=True, max_bytes=limit)
+        case "str", Entry(of=Text(address=Register(name=register), limit=limit)):
+            return FetchPlan(name, register, string=True, max_bytes=limit, entry=True)
+        case "str", Text(address=Entry(of=Register(name=register)), limit=limit):
+            return FetchPlan(name, register, string=True, max_bytes=limit, entry=True, late=True)
+    return None
+
+
+def _value(fetch: FetchPlan) -> Value:
+    """The other way round."""
+    if fetch.stack:
+        return Frames(fetch.stack, fetch.skip)
+    word: Value = Context(LATENCY) if fetch.register == LATENCY else Register(fetch.register)
+    if fetch.string:
+        late = fetch.entry and fetch.late
+        string = Text(Entry(word) if late else word, fetch.max_bytes)
+        return Entry(string) if fetch.entry and not late else string
+    return Entry(word) if fetch.entry else word

@@ -81,7 +81,7 @@ class Location(msgspec.Struct, frozen=True):
     pieces: tuple[tuple[Location, int], ...] = ()
     """(where, bytes), in the order of the value's bytes."""
     reason: str = ""
-    """Of ``unsupported``: what is asked that cannot be done."""
+    """Of ``unsupported``: what is asked that cannot be done; of ``optimised-out`` whether more can be said."""
 
 
 class Variable(msgspec.Struct, frozen=True):

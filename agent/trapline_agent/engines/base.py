@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from trapline_agent.capture.compute import Floats
 from trapline_agent.capture.evaluate import Kept
 from trapline_agent.plans import FileKey, SitePlan
 
@@ -186,6 +187,10 @@ class Mapper(Protocol):
 class Engine(Protocol):
     """Arms and disarms sites. Methods may be called from any thread but the engine's own, and from several at once: what has
     to be done one after the other in a process, or in those that share memory, the engine sees to."""
+
+    @property
+    def floats(self) -> Floats | None:
+        """Reads the floating-point registers of a thread while its trap is served; None where they cannot be had."""
 
     def capabilities(self) -> Capabilities:
         """What it can do here."""

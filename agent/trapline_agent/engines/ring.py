@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trapline.protocol.hits import Header, HitBatch, row_dtype, row_format, schema
-from trapline.protocol.stacks import StackFile, numbers_of
+from trapline.protocol.hits import INTERNED, Header, HitBatch, ValueStatus, row_dtype, row_format, schema
+from trapline.protocol.stacks import MAX_DEPTH, StackFile, numbers_of
+from trapline_agent.capture.compute import MASK, Floats, Scalar, Values
 from trapline_agent.capture.evaluate import Evaluator, Kept, ReturnEvaluator
-from trapline_agent.plans import FetchPlan
+from trapline_agent.plans import FetchPlan, Program
 from trapline_agent.unwind.walk import Stacks
 
 ROWS = 2048
@@ -32,6 +33,7 @@ CHUNKS = 64
 OVERHEAD_SAMPLES = 256
 _STACK_BYTES = 512 << 10
 """Of a chunk's different stacks, which have to fit a batch's header (``hits.MAX_HEADER_BYTES``)."""
+_SIGN = 1 << 63
 
 
 class _Chunk:
@@ -55,29 +57,34 @@ class HitRing:
         max_hits: int = 0,
         returns: bool = False,
         stacks: Stacks | None = None,
+        floats: Floats | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
-            fetches: what each hit captures.
+            fetches: what each hit captures; where they are not all plain, each site's program computes them.
             max_hits: hits to record; further ones are counted as limited. 0: all.
             returns: it is for a return probe: ``return_sink`` makes its sinks.
             stacks: walks them, where a fetch is of one.
+            floats: reads the floating-point registers of a stopped thread.
             on_data: called when a row is written to an empty ring, by the writing thread.
             on_limit: called once when ``max_hits`` is reached, likewise.
         """
         self._stacks = stacks or Stacks()
-        self.of_stacks = any(f.stack for f in fetches)
+        self.of_stacks = any(f.column == "stack" for f in fetches)
         """Whether its hits have stacks."""
-        depth = sum(f.stack + 1 for f in fetches if f.stack)
+        depth = sum((f.stack or MAX_DEPTH) + 1 for f in fetches if f.column == "stack")
         self._max_stacks = max(1, _STACK_BYTES // (8 * depth)) if depth else sys.maxsize
         """Texts and stacks of one chunk; without stacks only its rows are counted."""
         self.columns = schema([(f.name, f.column) for f in fetches])
         self._dtype = row_dtype(self.columns)
         self._row = struct.Struct(row_format(self.columns))
-        self._evaluate = Evaluator(() if returns else fetches, self._stacks.walk)
-        self._evaluate_return = ReturnEvaluator(fetches if returns else (), self._stacks.walk)
+        plain = all(f.register for f in fetches)
+        self._evaluate = Evaluator(() if returns or not plain else fetches, self._stacks.walk)
+        self._evaluate_return = ReturnEvaluator(fetches if returns and plain else (), self._stacks.walk)
+        self._types = [f.column for f in fetches]
+        self._floats = floats
         self._max = max_hits
         self._returns = returns
         self._on_data = on_data
@@ -87,6 +94,8 @@ class HitRing:
         self._chunk = _Chunk(0, self._row.size)
         self._unreported: dict[str, int] = {}
         self.hits = 0
+        self.filtered = 0
+        """Hits of which the condition was not true."""
         self.limited = 0
         self.drops: dict[str, int] = {}
         """Hits that were let go, by where."""
@@ -103,11 +112,13 @@ class HitRing:
         with self._lock:
             if not self._returns:
                 return 0
-            return self.calls - self.hits - self.limited - sum(self.unreturned.values())
+            return self.calls - self.hits - self.filtered - self.limited - sum(self.unreturned.values())
 
-    def return_sink(self, site: int) -> ReturnRecorder:
+    def return_sink(self, site: int, program: Program | None = None) -> ReturnRecorder | ProgramReturns:
         """Returns the ``ReturnSink`` that records calls of this site."""
-        return ReturnRecorder(self, site)
+        if program is None:
+            return ReturnRecorder(self, site)
+        return ProgramReturns(self, site, Values(program.values, program.condition, self._floats, self._stacks.walk))
 
     def begin(self, words: Sequence[int], memory: int) -> Kept:
         """Counts a call; returns what it keeps for its return."""
@@ -146,8 +157,68 @@ class HitRing:
         with self._lock:
             self.unreturned[reason] = self.unreturned.get(reason, 0) + 1
 
-    def sink(self, site: int) -> Callable[[int, int, int, Sequence[int], int], None]:
+    def program_sink(self, site: int, program: Program) -> Callable[[int, int, int, Sequence[int], int], None]:
+        """Returns the ``Sink`` that records what a program computes."""
+        values = Values(program.values, program.condition, self._floats, self._stacks.walk)
+        conditional = program.condition is not None
+
+        def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
+            hit = values.hit(ts, pid, tid, words, memory)
+            if conditional and not values.holds(hit):
+                self.filter()
+            else:
+                self.record(site, ts, pid, tid, values(hit))
+
+        return record
+
+    def filter(self) -> None:
+        """Counts a hit of which the condition is not true."""
+        with self._lock:
+            self.filtered += 1
+
+    def record(self, site: int, ts: int, pid: int, tid: int, values: Sequence[tuple[Scalar, int]]) -> None:
+        """Records a hit with its values and their statuses."""
+        with self._lock:
+            if self._max and self.hits >= self._max:
+                self.limited += 1
+                return
+            chunk = self._chunk
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
+                chunk = self._rotate()
+            n = chunk.count
+            row: list[int | float] = []
+            statuses: list[int] = []
+            for kind, (value, status) in zip(self._types, values, strict=True):
+                if kind in INTERNED:
+                    data = value if isinstance(value, bytes) else b""
+                    index = chunk.interned.get(data)
+                    if index is None:
+                        index = chunk.interned[data] = len(chunk.strings)
+                        chunk.strings.append(data)
+                    row.append(index)
+                elif isinstance(value, bytes):
+                    row.append(0)
+                elif kind == "f64":
+                    row.append(float(value))
+                else:
+                    number = int(value)
+                    packed = number & MASK if kind == "u64" else ((number + _SIGN) & MASK) - _SIGN
+                    row.append(packed)
+                    if packed != number and not status:
+                        status = int(ValueStatus.TRUNCATED)
+                statuses.append(status)
+            self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *row, *statuses)
+            chunk.count = n + 1
+            self.hits += 1
+            if n == 0:
+                self._on_data()
+            if self._max and self.hits == self._max:
+                self._on_limit()
+
+    def sink(self, site: int, program: Program | None = None) -> Callable[[int, int, int, Sequence[int], int], None]:
         """Returns the ``Sink`` that records hits of this site."""
+        if program is not None:
+            return self.program_sink(site, program)
         evaluate = self._evaluate
         lock = self._lock
         pack_into = self._row.pack_into
@@ -275,3 +346,28 @@ class ReturnRecorder:
         self, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
     ) -> None:
         self._end(self._site, ts, pid, tid, words, memory, latency_ns, kept)
+
+
+class ProgramReturns:
+    """A ``ReturnSink`` over a ring, of a site that has a program."""
+
+    def __init__(self, ring: HitRing, site: int, values: Values) -> None:
+        self._ring = ring
+        self._site = site
+        self._values = values
+        self.inherit = ring.begin_elsewhere
+        self.lose = ring.end_unseen
+
+    def enter(self, words: Sequence[int], memory: int) -> Kept:
+        self._ring.begin_elsewhere()
+        return self._values.keep(words, memory)  # type: ignore[return-value] # nobody but ``leave`` looks at it
+
+    def leave(
+        self, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
+    ) -> None:
+        values = self._values
+        hit = values.hit(ts, pid, tid, words, memory, latency_ns, kept)  # type: ignore[arg-type] # as ``enter`` made it
+        if values.holds(hit):
+            self._ring.record(self._site, ts, pid, tid, values(hit))
+        else:
+            self._ring.filter()

@@ -7,7 +7,10 @@ import os
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_NOBODY: Final = 65534
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,3 +41,16 @@ def lock_memory(*, future: bool = True) -> None:
     if _libc.mlockall(_MCL_CURRENT | (_MCL_FUTURE if future else 0)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mlockall: {os.strerror(code)}")
+
+
+def give_up_privileges() -> None:
+    """Makes this process one that may do nothing: the user nobody where it is root, no gain by an exec, not to be traced by
+    others of its user, no further process. Raises OSError. Clears what ``die_with_parent`` asked for (prctl(2))."""
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"no_new_privs: {os.strerror(code)}")
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

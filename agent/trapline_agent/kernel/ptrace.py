@@ -191,6 +191,21 @@ class RegisterFile:
             raise _fail("PTRACE_SETSIGINFO", tid)
 
 
+_PTRACE_GETFPREGS: Final = 14
+_FPREGS_BYTES: Final = 512
+_XMM_OFFSET: Final = 160
+"""``xmm_space`` in ``struct user_fpregs_struct`` (sys/user.h); the request's number is in sys/ptrace.h."""
+_XMM_BYTES: Final = 256
+
+
+def floating_registers(tid: int) -> bytes:
+    """Returns xmm0 to xmm15 of a stopped thread, 16 bytes each. To be called by the thread that traces it."""
+    buffer = ctypes.create_string_buffer(_FPREGS_BYTES)
+    if _fast(_PTRACE_GETFPREGS, tid, None, Pointer(ctypes.addressof(buffer))) < 0:
+        raise _fail("PTRACE_GETFPREGS", tid)
+    return buffer.raw[_XMM_OFFSET : _XMM_OFFSET + _XMM_BYTES]
+
+
 _MAX_POINTERS: Final = 4096
 _pointers: dict[int, Pointer] = {}
 """Made once for each value: an instruction pointer is set to the same few at every hit."""

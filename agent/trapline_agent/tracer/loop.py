@@ -24,8 +24,10 @@ from typing import Any
 
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
+from trapline.protocol.hits import VALUE_TYPES
 from trapline.protocol.stacks import MAX_DEPTH
 from trapline_agent.arch.x86_64 import REGISTERS
+from trapline_agent.capture.compute import wrong
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
 from trapline_agent.engines.ring import HitRing
@@ -391,6 +393,7 @@ class Tracer:
                 max_hits=message.max_hits,
                 returns=message.returns,
                 stacks=self._table.stacks,
+                floats=self._engine.floats,
                 on_data=self._shipper.data,
                 on_limit=lambda: self._post(lambda: self._complete(message.probe, made)),
             )
@@ -571,6 +574,7 @@ class Tracer:
         return m.Stats(
             probe=consumer.probe,
             hits=ring.hits,
+            filtered=ring.filtered,
             limited=ring.limited,
             uncovered_ms=self._table.uncovered_ms(consumer),
             drops=dict(ring.drops),
@@ -706,9 +710,22 @@ def _check_register(message: m.Register) -> None:
     for plan in message.plans:
         if not 0 <= plan.site < len(message.sites):
             raise EngineError(f"probe {message.probe} has {len(message.sites)} sites, a plan is for number {plan.site}")
+    plain = all(fetch.register for fetch in message.fetches)
+    for plan in message.plans:
+        if not plain and (plan.program is None or len(plan.program.values) != len(message.fetches)):
+            raise EngineError(f"probe {message.probe} has no program for {message.sites[plan.site]}")
+        if plan.program is not None:
+            conditions = () if plan.program.condition is None else (plan.program.condition,)
+            for value in (*plan.program.values, *conditions):
+                if why := wrong(value):
+                    raise EngineError(f"probe {message.probe} cannot be computed at {message.sites[plan.site]}: {why}")
     for fetch in message.fetches:
         if not 0 <= fetch.stack <= MAX_DEPTH or not 0 <= fetch.skip <= MAX_DEPTH or (fetch.stack and fetch.entry):
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: {fetch.stack} frames of a stack")
+        if fetch.column not in VALUE_TYPES:
+            raise EngineError(f"capture {fetch.name} of probe {message.probe}: no type `{fetch.column}`")
+        if not fetch.register and not plain:
+            continue
         if fetch.register == LATENCY and message.returns and not fetch.string and not fetch.entry:
             continue
         if fetch.register not in REGISTERS:

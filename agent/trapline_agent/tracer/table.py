@@ -39,7 +39,7 @@ from trapline.ids import new_id
 from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import FileKey, SitePlan
+from trapline_agent.plans import FileKey, Program, SitePlan
 from trapline_agent.targets import maps, process
 from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping as FileMapping
@@ -85,8 +85,9 @@ class Consumer:
     """Descriptors that keep the inodes from being used again (R9); -1 where none can be had."""
     closed: bool = False
     _holding: threading.Lock = field(default_factory=threading.Lock)
-    sinks: dict[int, Sink] = field(default_factory=dict)
-    return_sinks: dict[int, ReturnSink] = field(default_factory=dict)
+    sinks: dict[tuple[int, Program | None], Sink] = field(default_factory=dict)
+    """By site number and what is computed there."""
+    return_sinks: dict[tuple[int, Program | None], ReturnSink] = field(default_factory=dict)
     """Of a return probe, in the place of ``sinks``."""
     targets: dict[Key, TargetState] = field(default_factory=dict)
     of_process: dict[tuple[int, int], set[Key]] = field(default_factory=dict)
@@ -115,10 +116,12 @@ class Consumer:
         """
         self.plans = {**self.plans, **{(plan.file, plan.offset): plan for plan in plans}}  # replaced: others read it
         for plan in plans:
+            recorder = plan.site, plan.program
             if self.register.returns:
-                self.return_sinks.setdefault(plan.site, self.ring.return_sink(plan.site))
-            elif plan.site not in self.sinks:
-                self.sinks[plan.site] = self.ring.sink(plan.site)
+                if recorder not in self.return_sinks:
+                    self.return_sinks[recorder] = self.ring.return_sink(*recorder)
+            elif recorder not in self.sinks:
+                self.sinks[recorder] = self.ring.sink(*recorder)
             if plan.file not in self.held:
                 # Its path may be another file's here, or nobody's: then who maps it leads there.
                 fd = _copy(held(plan.file))
@@ -534,9 +537,9 @@ class Table:
                 known = sites.get(addr) or _request(addr, plan, mapping, mappings)
                 known = replace(known, tally=tally)
                 sites[addr] = (
-                    replace(known, returns=(*known.returns, consumer.return_sinks[plan.site]))
+                    replace(known, returns=(*known.returns, consumer.return_sinks[plan.site, plan.program]))
                     if consumer.register.returns
-                    else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site]))
+                    else replace(known, sinks=(*known.sinks, consumer.sinks[plan.site, plan.program]))
                 )
         # (Budgets may have been lifted meanwhile: then what is out comes back, if it is mapped still.)
         if verdicts or any(c.outages for c in now.consumers):

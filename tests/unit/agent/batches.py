@@ -9,7 +9,7 @@ from trapline.protocol.hits import Header, HitBatch, row_dtype, schema
 
 def batch(probe: str = "prb_a", *, seq: int = 0, count: int = 3, drops: dict[str, int] | None = None) -> bytes:
     """Returns a batch of hits that carry one word, their own sequence number."""
-    columns = schema([("n", False)])
+    columns = schema([("n", "u64")])
     rows = np.zeros(count, row_dtype(columns))
     rows["ts"] = np.arange(seq, seq + count)
     rows["pid"] = rows["tid"] = 7

@@ -16,12 +16,13 @@ from trapline.protocol.hits import Header, HitBatch, ValueStatus, decode, row_dt
 
 
 def _batch() -> HitBatch:
-    columns = schema([("size", False), ("path", True)])
+    columns = schema([("size", "u64"), ("path", "str"), ("n", "i64"), ("x", "f64"), ("ok", "bool"), ("raw", "bytes")])
     rows = np.zeros(3, row_dtype(columns))
     rows["ts"] = [1_000, 2_000, 1_500_000_000]
     rows["pid"], rows["tid"] = [7, 7, 8], [7, 9, 8]
     rows["size"] = [3, 2**63, 0]
     rows["size?"] = [0, 0, ValueStatus.FAULT]
+    rows["n"], rows["x"], rows["ok"], rows["raw"] = [-5, 7, 0], [0.1, np.inf, 2.0], [1, 0, 0], [2, 3, 3]
     rows["path"] = [0, 1, 9]
     rows["path?"] = [0, ValueStatus.TRUNCATED, ValueStatus.NULL]
     header = Header(
@@ -34,7 +35,7 @@ def _batch() -> HitBatch:
         t1=1_500_000_000,
         clock_offset=1_700_000_000_000_000_000,
         columns=columns,
-        strings=[b"/etc/\x1b[2J\xff", b'a"b'],
+        strings=[b"/etc/\x1b[2J\xff", b'a"b', b"\x00\x7f", b""],
         sites=["app:f"],
         comms={7: "app", 8: "\x07bell"},
     )
@@ -44,9 +45,9 @@ def _batch() -> HitBatch:
 def test_lines_for_people() -> None:
     lines = Lines().text(_batch()).splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [
-        '7 app app:f(size=3, path="/etc/\\x1b[2J\\\\xff")',
-        '7/9 app app:f(size=0x8000000000000000, path="a\\"b"...)',
-        "8 \\x07bell app:f(size=<fault>, path=NULL)",
+        '7 app app:f(size=3, path="/etc/\\x1b[2J\\\\xff", n=-5, x=0.1, ok=true, raw="007f")',
+        '7/9 app app:f(size=0x8000000000000000, path="a\\"b"..., n=7, x=inf, ok=false, raw="")',
+        '8 \\x07bell app:f(size=<fault>, path=NULL, n=0, x=2.0, ok=false, raw="")',
     ]
     assert len(Lines().text(_batch(), 2).splitlines()) == 2
 

@@ -15,11 +15,10 @@ from tests.support import needs
 from tests.support.children import Child, python
 from tests.unit.symbols.programs import BUILDS, VERSIONED, build, strip
 from tests.unit.symbols.test_elf import libc
-from trapline.errors import Ambiguous, NotFound, PermissionDenied, ResolveError, Unsupported
-from trapline.model import Capture, TargetState
+from trapline.errors import Ambiguous, NoDebugInfo, NotFound, PermissionDenied, ResolveError, Unsupported
+from trapline.model import TargetState
 from trapline.spec import parse_probe
 from trapline_agent import resolve as module
-from trapline_agent.capture.program import lower
 from trapline_agent.plans import FetchPlan
 from trapline_agent.resolve import Plan, Resolver
 from trapline_agent.targets.files import file_key
@@ -455,10 +454,14 @@ def test_loaders(resolver: Resolver) -> None:
         assert any(f" {p.file.dev} {p.file.inode} " in maps for p in plans)
 
 
-def test_lowering_refuses_what_this_processor_lacks() -> None:
-    for operand in ("arg6", "argx", "reg.x0", "reg.", "x"):
-        with pytest.raises(Unsupported):
-            lower([Capture(text=operand, name="a", operand=operand)])
+def test_what_a_file_without_debug_information_cannot_say_is_refused(resolver: Resolver, tmp_path: Path) -> None:
+    path = build(tmp_path)
+    text = f"{path}:visible {{a=arg0, b=size + 1}} if arg0 > 3"
+    with pytest.raises(NoDebugInfo) as e:
+        plan_of(resolver, text)
+    assert e.value.reason == "NoDebugInfo"
+    assert e.value.position is not None
+    assert e.value.text[e.value.position :] == "size + 1}"
 
 
 @needs.gcc

@@ -35,7 +35,7 @@ def batch(
     pad: int = 0,
 ) -> bytes:
     """Returns an encoded batch; hit number n has ``n`` in its only word, at T0 + n microseconds."""
-    columns = schema([("n", False), ("s", True)])
+    columns = schema([("n", "u64"), ("s", "str")])
     rows = np.zeros(count, row_dtype(columns))
     rows["ts"] = T0 + np.arange(seq, seq + count, dtype=np.uint64) * 1000
     rows["pid"], rows["tid"] = 7, 8

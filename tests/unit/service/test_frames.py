@@ -23,7 +23,9 @@ WORDS = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 2**53, 2*
 @some.composite
 def batches(draw: Any) -> bytes:
     count = draw(some.integers(1, 8))
-    columns = schema([("n", False), ("s", True), ("t", "stack")])
+    columns = schema(
+        [("n", "u64"), ("s", "str"), ("t", "stack"), ("i", "i64"), ("f", "f64"), ("b", "bool"), ("x", "bytes")]
+    )
     frames = some.lists(some.tuples(some.integers(0, 3), some.integers(0, 2**32 - 1)), max_size=4)
     packed = frames.map(lambda fs: struct.pack(f"<{len(fs) + 1}Q", 4, *(file << 32 | at for file, at in fs)))
     strings = draw(some.lists(packed, min_size=1, max_size=4))
@@ -43,6 +45,14 @@ def batches(draw: Any) -> bytes:
             "s?": draw(status),
             "t": draw(some.integers(0, len(strings) - 1)),
             "t?": draw(status),
+            "i": draw(some.integers(-(2**63), 2**63 - 1)),
+            "i?": draw(status),
+            "f": draw(some.floats()),
+            "f?": draw(status),
+            "b": draw(some.integers(0, 1)),
+            "b?": draw(status),
+            "x": draw(some.integers(0, len(strings) + len(texts) - 1)),
+            "x?": draw(status),
         }
         for name, value in row.items():
             rows[name][i] = value

@@ -41,7 +41,7 @@ async def test_from_post_to_armed_to_gone(world: World) -> None:
         assert probe["name"] == "f"
         assert probe["status"]["phase"] == "Resolving"
         await agent.until(lambda: probe["id"] in agent.desired)
-        assert agent.desired[probe["id"]].spec.captures[0].operand == "arg0"
+        assert agent.desired[probe["id"]].spec.captures[0].text == "arg0"
 
         await agent.observe(probe["id"])
         armed = await phase_is(world, "f", "Armed")

@@ -35,6 +35,8 @@ def register(probe: str = "p") -> m.Register:
 class Engine:
     """Follows three processes, the first of which fails whatever is done to it."""
 
+    floats = None
+
     def __init__(self) -> None:
         self.looked_at: list[int] = []
         self.closed = False

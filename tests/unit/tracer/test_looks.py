@@ -24,6 +24,8 @@ A, B = ProcessId(1, 1), ProcessId(2, 1)
 class Engine:
     """Hangs in process A until it is let go."""
 
+    floats = None
+
     def __init__(self) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
         self.looked_at: Counter[ProcessId] = Counter()

@@ -392,12 +392,12 @@ export interface components {
         };
         /**
          * Capture
-         * @description One value that is fetched at the trap: a register or argument word, or the string it points to.
+         * @description One value of each hit.
          */
         Capture: {
             /**
              * Text
-             * @description The expression as canonical text: ``arg0``, ``reg.rdi``, ``str(arg1, 64)``.
+             * @description The expression as canonical text: ``arg0``, ``str(arg1, 64)``, ``req.method``.
              */
             text: string;
             /**
@@ -405,42 +405,7 @@ export interface components {
              * @description The column's name: ``size=arg0`` gives ``size``; by default the expression's text.
              */
             name: string;
-            /** @default word */
-            kind: components["schemas"]["CaptureKind"];
-            /**
-             * Operand
-             * @description ``arg0`` to ``arg5``, or ``reg.NAME``; at a return ``retval`` and ``latency`` too.
-             */
-            operand: string;
-            /**
-             * Entry
-             * @description At a return: the operand is that of the entry, ``entry(...)``.
-             * @default false
-             */
-            entry: boolean;
-            /**
-             * Late
-             * @description With ``entry``: the string that it points to is read at the return, ``str(entry(arg1))``.
-             * @default false
-             */
-            late: boolean;
-            /**
-             * Max Bytes
-             * @default 64
-             */
-            max_bytes: number;
-            /**
-             * Frames
-             * @description Of a stack.
-             * @default 0
-             */
-            frames: number;
         };
-        /**
-         * CaptureKind
-         * @enum {string}
-         */
-        CaptureKind: "word" | "string" | "stack";
         /**
          * Cause
          * @description What found the mapping.
@@ -803,10 +768,11 @@ export interface components {
             site: string;
             /**
              * Args
-             * @description Captured values by name; None where ``status`` has the name. 64-bit words beyond 2**53 are decimal strings.
+             * @description Captured values by name; None where ``status`` has the name. Integers beyond 2**53 either way are decimal strings,
+             *     bytes are hex digits, and floating-point numbers that are none are ``nan``, ``inf`` and ``-inf``.
              */
             args: {
-                [key: string]: number | string | null;
+                [key: string]: boolean | number | string | null;
             };
             /**
              * Status

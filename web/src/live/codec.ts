@@ -19,8 +19,10 @@ export class CodecError extends Error {
   override name = "CodecError";
 }
 
-type ColumnType = "u64" | "u32" | "str" | "stack" | "u8";
-type ColumnData = BigUint64Array | Uint32Array | Uint8Array;
+type ColumnType = "u64" | "u32" | "str" | "u8" | "i64" | "f64" | "bool" | "bytes" | "stack";
+type ColumnData = BigUint64Array | BigInt64Array | Float64Array | Uint32Array | Uint8Array;
+const EIGHT_BYTES: readonly ColumnType[] = ["u64", "i64", "f64"];
+const ONE_BYTE: readonly ColumnType[] = ["u8", "bool"];
 
 export interface BatchHeader {
   host: string;
@@ -41,10 +43,10 @@ export interface BatchHeader {
   drops: Readonly<Record<string, number>>;
 }
 
-/** A captured value: a word, a string, or null where `status` says why there is none. */
+/** A captured value: an integer, a number, a truth value, a string (bytes: hex digits), or null where `status` says why. */
 export interface Captured {
   name: string;
-  value: bigint | string | null;
+  value: bigint | number | boolean | string | null;
   status: string;
 }
 
@@ -63,7 +65,7 @@ export interface HitRow {
 
 interface CapturedColumn {
   name: string;
-  data: BigUint64Array | Uint32Array | Uint8Array;
+  data: ColumnData;
   type: ColumnType;
   status: Uint8Array;
 }
@@ -108,9 +110,24 @@ export class HitBatch {
     const status = STATUS_TEXT[code] ?? `status-${code}`;
     if (code > 1) return { name: c.name, value: null, status };
     const raw = c.data[i] ?? 0;
-    if (c.type !== "str" && c.type !== "stack") return { name: c.name, value: BigInt(raw), status };
-    const packed = this.strings[Number(raw)] ?? new Uint8Array();
-    return { name: c.name, value: c.type === "str" ? decodeText(packed) : stackText(packed, this.files), status };
+    return { name: c.name, value: this.valueOf(c.type, raw), status };
+  }
+
+  private valueOf(type: ColumnType, raw: bigint | number): bigint | number | boolean | string {
+    switch (type) {
+      case "str":
+        return decodeText(this.strings[Number(raw)] ?? new Uint8Array());
+      case "stack":
+        return stackText(this.strings[Number(raw)] ?? new Uint8Array(), this.files);
+      case "bytes":
+        return hexOf(this.strings[Number(raw)] ?? new Uint8Array());
+      case "bool":
+        return raw !== 0;
+      case "f64":
+        return Number(raw);
+      default:
+        return BigInt(raw);
+    }
   }
 }
 
@@ -140,7 +157,7 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
   const declared = readColumns(raw["columns"]);
   for (const { name, type } of declared) {
     if (columns.has(name)) throw new CodecError(`column ${name} is there twice`);
-    const size = count * (type === "u64" ? 8 : type === "u8" ? 1 : 4);
+    const size = count * (EIGHT_BYTES.includes(type) ? 8 : ONE_BYTE.includes(type) ? 1 : 4);
     if (offset + size > frame.byteLength) throw new CodecError(`column ${name} goes beyond the frame`);
     columns.set(name, { type, data: layOver(frame, offset, count, type) });
     offset += pad8(size);
@@ -229,11 +246,17 @@ function layOver(frame: ArrayBuffer, offset: number, count: number, type: Column
   switch (type) {
     case "u64":
       return new BigUint64Array(frame, offset, count);
+    case "i64":
+      return new BigInt64Array(frame, offset, count);
+    case "f64":
+      return new Float64Array(frame, offset, count);
     case "u32":
     case "str":
+    case "bytes":
     case "stack":
       return new Uint32Array(frame, offset, count);
     case "u8":
+    case "bool":
       return new Uint8Array(frame, offset, count);
     default:
       throw new CodecError(`unknown column type ${String(type)}`);
@@ -257,6 +280,8 @@ function big(v: unknown): bigint {
   if (typeof v === "bigint") return v;
   return Number.isInteger(v) ? BigInt(v as number) : wrong(v, "an integer");
 }
+
+const hexOf = (data: Uint8Array): string => Array.from(data, (b) => b.toString(16).padStart(2, "0")).join("");
 
 const strictUtf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 

@@ -38,9 +38,15 @@ export function callsLine(probe: Pick<Probe, "spec" | "status">): string {
   const { counters, unreturned_by_reason: reasons } = probe.status;
   if (probe.spec.kind !== "ur") return "";
   const parts = Object.entries(reasons).map(([reason, n]) => `${whole(n)} ${reason}`);
-  const inFlight = counters.calls - counters.hits - counters.limited - counters.unreturned;
+  const inFlight = counters.calls - counters.hits - counters.filtered - counters.limited - counters.unreturned;
   if (inFlight > 0) parts.push(`${whole(inFlight)} in flight`);
   return parts.length ? `Of ${plural(counters.calls, "call")}, not seen to return: ${parts.join(", ")}` : "";
+}
+
+/** What a condition let go: `40 more did not match the condition`. Empty where there is none. */
+export function filteredLine(probe: Pick<Probe, "spec" | "status">): string {
+  const n = probe.status.counters.filtered;
+  return probe.spec.condition || n ? `${whole(n)} more did not match the condition` : "";
 }
 
 /** Seconds until an expiry as `59:12`, `3 h 20 min` or `6 d`. */
@@ -94,8 +100,9 @@ export function quoted(s: string): string {
 
 export function captured(c: Captured): string {
   if (c.value === null) return c.status;
-  if (typeof c.value === "bigint") return word(c.value);
-  return quoted(c.value) + (c.status === "truncated" ? "…" : "");
+  const more = c.status === "truncated" ? "…" : "";
+  if (typeof c.value === "bigint") return word(c.value) + more;
+  return (typeof c.value === "string" ? quoted(c.value) : String(c.value)) + more;
 }
 
 export function basename(path: string): string {

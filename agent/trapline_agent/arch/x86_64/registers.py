@@ -16,6 +16,16 @@ ARGUMENT_REGISTERS: Final = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 RESULT_REGISTER: Final = "rax"
 """The first integer or pointer result: System V ABI, 3.2.3; of Go's ABIInternal too."""
 
+RESULT_REGISTERS: Final = ("rax", "rdx")
+GO_REGISTERS: Final = ("rax", "rbx", "rcx", "rdi", "rsi", "r8", "r9", "r10", "r11")
+"""Integer arguments, and results, of Go's ABIInternal (go/src/cmd/compile/abi-internal.md)."""
+
+DWARF_REGISTERS: Final = (
+    *("rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip"),
+)
+"""By DWARF's number: System V ABI, AMD64 supplement, figure 3.36."""
+
 INDEX: Final = {name: i for i, name in enumerate(REGISTERS)}
 RIP: Final = INDEX["rip"]
 RSP: Final = INDEX["rsp"]

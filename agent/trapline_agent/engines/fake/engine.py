@@ -38,6 +38,7 @@ class FakeEngine:
     name = "fake"
     traps = False
     """See ``Capabilities``."""
+    floats = None
 
     def __init__(self, observer: Observer, world: World | None = None) -> None:
         self.observer = observer

@@ -39,6 +39,7 @@ class PtraceEngine:
     name = "ptrace"
     traps = True
     """See ``Capabilities``."""
+    floats = staticmethod(ptrace.floating_registers)
 
     def __init__(self, observer: Observer, journal: Journal | None = None) -> None:
         """

@@ -1,0 +1,345 @@
+"""Every example of docs/expressions.md says what it says there, at -O0 and at -O2; and gdb says the same of the calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import needs
+from tests.support.targets import Targets
+from trapline.cli.rows import format_hit
+from trapline.model import Hit, HostResolution
+from trapline.protocol.hits import ValueStatus
+from trapline.spec import parse_probe
+from trapline_agent.capture.compute import parts
+from trapline_agent.capture.redaction import redaction
+from trapline_agent.debuginfo.files import DebugFiles
+from trapline_agent.plans import Load, Missing, Value
+from trapline_agent.resolve import Resolver
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/expressions.md"
+EXAMPLES = re.findall(r"^```probe\n(.*)\n```\n```text\n(.*)\n```$", PAGE.read_text(), re.M)
+REAL = re.findall(r"^```probe-real\n(.*)\n```$", PAGE.read_text(), re.M)
+PYTHON = """
+def inner(x):
+    return x + 1
+
+def outer(n):
+    return list(map(inner, range(n)))
+
+list(map(outer, [2, 3]))
+"""
+ORACLE = {
+    "handle": (
+        *(
+            "attempt",
+            "rate",
+            "order->id",
+            "(int)order->state",
+            "order->urgent",
+            "order->priority",
+            "(int)order->retries",
+        ),
+        *("(int)order->gift", "order->items->count", "order->items->next->price", "order->history[2]", "handled"),
+        *("order->previous->id", "first.id", "attempt * 7 - 3"),
+    ),
+    "pay": ("total.amount", "total.currency", "(int)sign"),
+    "weigh": ("kilos", "a", "b", "c", "d", "e", "f", "g"),
+}
+
+
+def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, list[Hit]]:
+    """Traces a command with some probes, called e0, e1, ...; returns their hits."""
+    out = tmp_path / "hits"
+    named = [a for i, text in enumerate(probes) for a in ("-e", f"e{i}={text}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "trapline", "trace", "--json", "-o", str(out), *named, "--", *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRAPLINE_STATE_DIR": str(tmp_path / "state")},
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[Hit]] = {f"e{i}": [] for i in range(len(probes))}
+    for line in out.read_text().splitlines():
+        hit = Hit.model_validate_json(line)
+        found[hit.probe].append(hit)
+    return found
+
+
+@needs.ptrace_any
+@needs.gcc
+@pytest.mark.parametrize("flag", ["-O0", "-O2"])
+def test_every_example_says_what_the_page_says(targets: Targets, tmp_path: Path, flag: str) -> None:
+    assert len(EXAMPLES) >= 15
+    program = targets.build("orders", flag)
+    probes = [text.replace("orders:", f"{program}:") for text, _ in EXAMPLES]
+    found = _traced(tmp_path, probes, [str(program), "2"])
+    said = [format_hit(found[f"e{i}"][0], "").partition("orders:")[2] for i in range(len(probes))]
+    assert said == [wanted for _, wanted in EXAMPLES]
+
+
+@needs.ptrace_any
+@needs.gcc
+@needs.gdb
+@pytest.mark.parametrize("flag", ["-O0", "-O2"])
+def test_gdb_says_the_same(targets: Targets, tmp_path: Path, flag: str) -> None:
+    program = targets.build("orders", flag)
+    ours = [
+        f"{program}:{function} {{{', '.join(f'v{i}={_ours(e)}' for i, e in enumerate(expressions))}}}"
+        for function, expressions in ORACLE.items()
+    ]
+    found = _traced(tmp_path, ours, [str(program), "1"])
+    script = []
+    for function, expressions in ORACLE.items():
+        script += [f"break {function}", "commands", "silent"]
+        script += [f'printf "{function} {i} "\noutput {e}\necho \\n' for i, e in enumerate(expressions)]
+        script += ["continue", "end"]
+    commands = tmp_path / "script"
+    commands.write_text("\n".join(["set debuginfod enabled off", "set confirm off", *script, "run 1"]) + "\n")
+    said = subprocess.run(
+        ["gdb", "-q", "-batch", "-nx", "-x", str(commands), str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    ).stdout
+    for n, (function, expressions) in enumerate(ORACLE.items()):
+        (hit,) = found[f"e{n}"]
+        for i, expression in enumerate(expressions):
+            answer = re.search(rf"^{function} {i} (\S+)$", said, re.M)
+            assert answer, f"gdb does not say {expression} in {function}: {said}"
+            value = hit.args[f"v{i}"]
+            if value is None:
+                assert answer[1] == "<optimized", expression
+                continue
+            assert float(answer[1]) == pytest.approx(float(value)), f"{function}: {expression}"
+
+
+def _ours(expression: str) -> str:
+    """A C expression as it is written here."""
+    casts = re.sub(r"^\((\w+)\)(.+)$", r"\2 + 0", expression)
+    return casts.replace("->", ".")
+
+
+@needs.ptrace_any
+@needs.libc_debug
+def test_the_arguments_of_fopen_by_name(tmp_path: Path) -> None:
+    (probe,) = [text for text in REAL if "fopen" in text]
+    code = "import ctypes; l = ctypes.CDLL(None); [l.fopen(b'/nonexistent/%d' % i, b'rb') for i in range(5)]"
+    (hits,) = _traced(tmp_path, [probe], [needs.SYSTEM_PYTHON, "-c", code]).values()
+    ours = [h.args for h in hits if str(h.args["filename"]).startswith("/nonexistent")]
+    assert ours == [{"filename": f"/nonexistent/{i}", "mode": "rb"} for i in range(5)]
+
+
+@needs.ptrace_any
+@needs.python_debug
+def test_the_functions_that_python_enters_by_their_own_names(tmp_path: Path) -> None:
+    script = tmp_path / "names.py"
+    script.write_text(PYTHON)
+    (probe,) = [text for text in REAL if "python" in text]
+    (hits,) = _traced(tmp_path, [probe], [probe.split(":")[0], str(script)]).values()
+    ours = [h.args["name"] for h in hits if h.args["file"] == str(script)[:64]]
+    assert ours == ["<module>", "outer", "inner", "inner", "outer", "inner", "inner", "inner"]
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_a_condition_lets_go_and_counts(targets: Targets, tmp_path: Path) -> None:
+    program = targets.build("orders", "-O2")
+    done = subprocess.run(
+        [sys.executable, "-m", "trapline", "trace", "--json", "-e", f"n={program}:handle if attempt % 10 == 0 {{attempt}}",
+         "--", str(program), "1000"],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRAPLINE_STATE_DIR": str(tmp_path / "state")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [hit["args"]["attempt"] for hit in lines] == list(range(10, 1001, 10))
+    assert "n: 900 more did not match the condition" in done.stderr
+    assert "1000 " in done.stdout  # the program's own count
+
+
+LANGUAGES = {
+    "c++": {
+        "_ZN4shop6Basket3add": (
+            "{what, where, tag.text, tag.weight, c, this.owner, this.total, this.colour, this.id, n=len(what)}",
+            {
+                "what": "lamp", "where": "cell", "tag.text": "fragile", "tag.weight": -3, "c": "red", "this.total": 2.5,
+                "this.owner": "a name that is much too long to be kept in place", "this.colour": "green", "this.id": 5,
+                "n": 4,
+            },
+        ),
+        "_ZN4shop5greet": ("{name, loud, much}", {"name": "bob", "loud": True, "much": 1.5}),
+        "_ZN4shop5count": ("{n, id=basket._M_t._M_t._M_head_impl.id}", {"n": -2, "id": 5}),
+        "ur:_ZN4shop5greet": ("{retval}", {"retval": "hello bob!"}),
+    },
+    "rust": {
+        "greet": (
+            "{name, user.name, user.age, user.at.x, user.at.n, owned, times, loud, n=len(name)}",
+            {
+                "name": "bob", "user.name": "alice", "user.age": 30, "user.at.x": 1.5, "user.at.n": -4,
+                "owned": "a text of its own", "times": 2, "loud": True, "n": 3,
+            },
+        ),
+        "paint": (
+            "{colour, shade, n=len(numbers), numbers[1]}", {"colour": "Green", "shade": 0.25, "n": 3, "numbers[1]": 20},
+        ),
+        "ur:paint": ("{retval}", {"retval": -10}),
+    },
+    "go": {
+        "main.greet": (
+            "{name, u.Name, u.Age, u.At.N, u.Next.Name, times, rate, loud}",
+            {
+                "name": "bob", "u.Name": "alice", "u.Age": 30, "u.At.N": -4, "u.Next.Name": "carol", "times": -2,
+                "rate": 0.25, "loud": True,
+            },
+        ),
+        "main.total": ("{numbers[1], n=len(numbers), p.X, p.N}", {"numbers[1]": 20, "n": 3, "p.X": 2.5, "p.N": -7}),
+        "ur:main.greet": ("{retval}", {"retval": 31}),
+    },
+}  # fmt: skip
+
+
+def _built(language: str, optimised: bool, into: Path) -> Path:
+    sources = Path(__file__).resolve().parents[1] / "targets"
+    output = into / "words"
+    command = {
+        "c++": ["g++", "-O2" if optimised else "-O0", "-g", f"{sources}/words.cpp", "-o", str(output)],
+        "rust": [
+            "rustc",
+            "-g",
+            "-C",
+            f"opt-level={2 if optimised else 0}",
+            f"{sources}/words_rust.rs",
+            "-o",
+            str(output),
+        ],
+        "go": ["go", "build", *([] if optimised else ["-gcflags=-N -l"]), "-o", str(output), f"{sources}/words_go.go"],
+    }[language]
+    environment = {**os.environ, "GOCACHE": str(into / "cache"), "GO111MODULE": "off"}
+    subprocess.run(command, check=True, timeout=300, cwd=into, env=environment)
+    return output
+
+
+@needs.ptrace_any
+@pytest.mark.parametrize("optimised", [False, True], ids=["O0", "O2"])
+@pytest.mark.parametrize(
+    "language",
+    [
+        pytest.param("c++", marks=needs.gxx),
+        pytest.param("rust", marks=needs.rustc),
+        pytest.param("go", marks=needs.go),
+    ],
+)
+def test_values_of_other_languages(tmp_path: Path, language: str, optimised: bool) -> None:
+    program = _built(language, optimised, tmp_path)
+    symbols = _symbols(program)
+    probes, wanted = [], []
+    for name, (captures, values) in LANGUAGES[language].items():
+        kind, _, function = name.rpartition(":")
+        symbol = next(s for s in symbols if s == function or (language == "c++" and s.startswith(function)))
+        probes.append(f'{kind}{":" if kind else ""}{program}:"{symbol}" {captures}')
+        wanted.append(values)
+    found = _traced(tmp_path, probes, [str(program)])
+    assert [found[f"e{i}"][0].args for i in range(len(probes))] == wanted
+
+
+def _symbols(program: Path) -> list[str]:
+    listed = subprocess.run(["nm", str(program)], capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in listed.splitlines()]
+
+
+@needs.ptrace_any
+@needs.gcc
+@needs.gdb
+@pytest.mark.parametrize("flag", ["-O0", "-O2"])
+def test_locals_in_the_middle_of_a_function(targets: Targets, tmp_path: Path, flag: str) -> None:
+    program = targets.build("orders", flag)
+    source = (Path(__file__).resolve().parents[1] / "targets/orders.c").read_text().splitlines()
+    line = next(i for i, text in enumerate(source, 1) if "name_of(i % 2" in text)
+    names = ("sum", "i", "times", "order.id", "lamp.count", "argc")
+    script = [f"break orders.c:{line}", "run 2", "info symbol $pc"]
+    script += [f'printf "{name} "\noutput {name}\necho \\n' for name in names]
+    commands = tmp_path / "script"
+    commands.write_text("\n".join(["set debuginfod enabled off", *script]) + "\n")
+    said = subprocess.run(
+        ["gdb", "-q", "-batch", "-nx", "-x", str(commands), str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    ).stdout
+    place = re.search(r"main \+ (\d+) in", said)
+    assert place, said
+    columns = ", ".join(f"v{i}={name}" for i, name in enumerate(names))
+    found = _traced(tmp_path, [f"{program}:main+{place[1]} {{{columns}, line}}"], [str(program), "2"])
+    first = found["e0"][0]
+    assert first.args["line"] == line
+    for i, name in enumerate(names):
+        answer = re.search(rf"^{re.escape(name)} (.+)$", said, re.M)
+        assert answer, said
+        if "optimized out" in answer[1]:
+            assert first.status[f"v{i}"] == "optimised-out", name
+        else:
+            assert first.args[f"v{i}"] == int(answer[1]), name
+    assert len(found["e0"]) == 2
+
+
+@needs.gcc
+def test_places_of_one_probe_share_its_columns(targets: Targets, tmp_path: Path) -> None:
+    program = targets.build("orders", "-O2")
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of)
+
+    def resolved(text: str) -> HostResolution:
+        return resolver.resolve_dry(parse_probe(text))
+
+    plan = resolver.resolve(parse_probe(f"ur:{program}:[hw]e*"))  # weigh alone
+    assert [(f.name, f.column) for f in plan.fetches] == [("retval", "f64"), ("latency", "u64")]
+    plan = resolver.resolve(parse_probe(f"ur:{program}:[hw][ae]* {{retval}}"))  # handle: int; weigh: double
+    assert [(f.name, f.column, f.register) for f in plan.fetches] == [("retval", "f64", "")]
+    assert all(p.program is not None for p in plan.plans)
+    answer = resolved(f"ur:{program}:[hn]a* {{retval}}")  # handle: int; name_of: a text
+    (refused,) = [site.refused for site in answer.sites if site.refused]
+    assert refused["reason"] == "CaptureType"
+    answer = resolved(f"{program}:[hn]a* {{user}}")  # name_of has none
+    (refused,) = [site.refused for site in answer.sites if site.refused]
+    assert refused["code"] == "not-found"
+    assert refused["text"][refused["position"] :] == "user}"
+
+
+@needs.gcc
+def test_a_policy_hides_what_it_names(targets: Targets, tmp_path: Path) -> None:
+    program = targets.build("orders", "-O2")
+    policy = redaction(["*TOKEN*", "pass*", "struct item", "user"])
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of, redact=policy)
+    hidden = Missing(int(ValueStatus.REDACTED))
+    for text, wanted in (
+        ("handle {order.items.name, order.id}", [True, False]),
+        ("handle {arg2, str(reg.rdx), user, arg1}", [True, True, True, False]),
+        ("handle {password, str(password), x=len(password)}", [True, True, True]),
+        ("handle {my_token=order.id, order.items[0].count}", [True, True]),
+        ("pay {token, str(arg0), total.currency}", [True, False, False]),
+    ):
+        plan = resolver.resolve(parse_probe(f"{program}:{text}"))
+        (site,) = plan.plans
+        assert site.program is not None
+        assert [_hidden(value, hidden) for value in site.program.values] == wanted, text
+
+
+def _hidden(value: Value, hidden: Missing) -> bool:
+    """Whether nothing is fetched for a value, and it has the status."""
+    stack, found = [value], False
+    while stack:
+        one = stack.pop()
+        found = found or one == hidden
+        assert not (found and isinstance(one, Load)), one
+        stack += parts(one)
+    return found

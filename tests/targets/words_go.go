@@ -1,0 +1,40 @@
+// Go's strings, slices and structs, as parameters of its register ABI.
+package main
+
+import "fmt"
+
+type point struct {
+	X float64
+	N int32
+}
+
+type user struct {
+	Name string
+	Age  int
+	At   point
+	Next *user
+}
+
+//go:noinline
+func greet(name string, u *user, times int16, rate float64, loud bool) int {
+	if loud {
+		return len(name) + u.Age + int(times)
+	}
+	return -1
+}
+
+//go:noinline
+func total(numbers []int64, p point) (int64, string) {
+	var sum int64
+	for _, n := range numbers {
+		sum += n
+	}
+	return sum - int64(p.N), "done"
+}
+
+func main() {
+	u := &user{Name: "alice", Age: 30, At: point{1.5, -4}, Next: &user{Name: "carol"}}
+	a := greet("bob", u, -2, 0.25, true)
+	b, s := total([]int64{10, 20, 30}, point{2.5, -7})
+	fmt.Println(a, b, s)
+}
