@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.engines.host import Files, untouched
@@ -23,7 +24,7 @@ from tests.support.targets import Targets
 from trapline.errors import Conflict, EngineError
 from trapline.protocol.hits import decode
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import FetchPlan, SitePlan
+from trapline_agent.plans import FetchPlan, Op, Program, Register, SitePlan, Value
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.client import Event, TracerClient
 
@@ -221,6 +222,13 @@ async def test_what_cannot_be_parsed_drops_the_connection_alone(path: Path, payl
 
 async def test_plans_that_cannot_be_meant_are_refused_whole(path: Path, hot: SitePlan) -> None:
     fetches = [FetchPlan("s", "rsi", string=True)]
+    deep: Value = Register("rdi")
+    for _ in range(300):
+        deep = Op("neg", (deep,))
+
+    def with_value(value: Value) -> SitePlan:
+        return msgspec.structs.replace(hot, program=Program((value,)))
+
     with tracer(path) as process:
         async with connected(path, process) as client:
             for odd in (
@@ -228,6 +236,12 @@ async def test_plans_that_cannot_be_meant_are_refused_whole(path: Path, hot: Sit
                 {"fetches": [FetchPlan("x", "r99")]},
                 {"fetches": [FetchPlan("x", "rdi", string=True, max_bytes=0)]},
                 {"fetches": [FetchPlan("x", "rdi", string=True, max_bytes=4097)]},
+                {"fetches": [FetchPlan("x")]},
+                {"fetches": [FetchPlan("x", type="u63")], "plans": [with_value(Register("rdi"))]},
+                {"fetches": [FetchPlan("x"), FetchPlan("y")], "plans": [with_value(Register("rdi"))]},
+                {"fetches": [FetchPlan("x")], "plans": [with_value(Register("r99"))]},
+                {"fetches": [FetchPlan("x")], "plans": [with_value(Op("exec", (Register("rdi"),)))]},
+                {"fetches": [FetchPlan("x")], "plans": [with_value(deep)]},
             ):
                 with pytest.raises(EngineError) as e:
                     await client.register("p", **{"generation": 1, "sites": ["s"], "plans": [hot], **odd})  # type: ignore[arg-type]

@@ -95,6 +95,23 @@ def test_every_return_with_its_result(stack: Stack) -> None:
 
 
 @needs.sqlite
+def test_what_a_condition_lets_go_is_counted(stack: Stack) -> None:
+    with _sqlite() as target, untouched(target.pid):
+        target.ask("connect 1")
+        row, done = 100, 101  # SQLITE_ROW and SQLITE_DONE: sqlite.org/rescode.html
+        probe = stack.arm(f"ur:libsqlite3.so.0:sqlite3_step if retval == {row} {{retval - 101}} @ pid={target.pid}")
+        target.ask("insert 300")
+        steps = int(target.ask("select"))
+        assert steps == 300 + 300 + 1
+        now = stack.client.wait_for(probe.id, lambda p: p.status.counters.hits + p.status.counters.filtered >= steps)
+        counters = now.status.counters
+        assert (counters.hits, counters.filtered, counters.calls, counters.dropped) == (300, 301, steps, 0)
+        assert {hit.args["retval - 101"] for hit in stack.recorded(probe.id, 300)} == {row - done}
+        assert "filtered" in stack.cli("probe", "show", now.name).stdout
+        stack.client.delete_probe(probe.id)
+
+
+@needs.sqlite
 def test_a_library_that_is_opened_later_is_counted_from_its_first_call(stack: Stack) -> None:
     with _sqlite() as target, untouched(target.pid):
         library = _libsqlite()

@@ -20,7 +20,6 @@ from trapline_agent.capture.places import Memory, Place, add, entered, entry, in
 from trapline_agent.capture.typed import (
     DEFAULT_STRING_BYTES,
     MAX_STRING_BYTES,
-    VOID,
     Thing,
     Types,
     described,
@@ -175,7 +174,8 @@ class Compiler:
             case Field(of=of, name=name):
                 outer = self._typed(self._operand(of), f".{name}")
                 found = field_of(outer, name, self._types)
-                return self._seen(name, found)
+                of_what = followed(outer, self._types).type
+                return self._seen(name, found, of_what.name, of_what.alias)
             case Index(of=of, index=index):
                 outer = self._typed(self._operand(of), "[...]")
                 at = self._integer(self._operand(index))
@@ -195,9 +195,9 @@ class Compiler:
             hint='say what it points to: `cast(arg0, "struct foo *")`, or `cast(arg0, "u32 *")[1]`',
         )
 
-    def _seen(self, name: str, thing: Thing) -> Thing:
-        """Applies the redaction rules."""
-        names = {name, thing.type.name, thing.type.alias} - {""}
+    def _seen(self, name: str, thing: Thing, *others: str) -> Thing:
+        """Applies the redaction rules: a value's names are its own, its type's and that of what it is a part of."""
+        names = {name, thing.type.name, thing.type.alias, *others} - {""}
         return redacted(thing) if self._site.redact(names) else thing
 
     # --- names
@@ -271,18 +271,27 @@ class Compiler:
 
     def _argument(self, n: int) -> Operand:
         site = self._site
-        scope = site.scope
-        if scope is not None and n < len(scope.function.parameters):
-            variable = scope.function.parameters[n]
-            known = VOID if variable.type is None else self._types.of(variable.type)
-            if site.redact({variable.name, known.name, known.alias} - {""}):
-                return Plain("u64", Missing(ValueStatus.REDACTED))
         registers = GO_REGISTERS if site.go else ARGUMENT_REGISTERS
         if n < len(registers):
-            return Plain("u64", Register(registers[n]))
+            return Plain("u64", self._unless_hidden(Register(registers[n])))
         if not site.entry or site.go:
             raise SpecError(f"`arg{n}` is passed on the stack, and known at a function's first instruction alone")
-        return Plain("u64", Load(Register("rsp"), 8 * (n - len(registers) + 1), 8))
+        return Plain("u64", self._unless_hidden(Load(Register("rsp"), 8 * (n - len(registers) + 1), 8)))
+
+    def _unless_hidden(self, word: Value) -> Value:
+        """Returns a word, or nothing where debug information says that it is a value that must not be seen."""
+        scope = self._site.scope
+        for variable, where in self._variables(scope) if scope is not None else ():
+            known = self._types.of(variable.type)
+            if self._site.redact({variable.name, known.name, known.alias} - {""}):
+                place = where()
+                if isinstance(place, Memory):
+                    held = isinstance(word, Load) and (place.base, place.offset) == (word.base, word.offset)
+                else:
+                    held = any(one == word for _, _, one in place.words)
+                if held:
+                    return Missing(ValueStatus.REDACTED)
+        return word
 
     def _retval(self) -> Operand:
         scope = self._site.scope
@@ -317,7 +326,7 @@ class Compiler:
             return Plain("f64", Bits(Xmm(int(name.removeprefix("xmm"))), 0, 64, "f"))
         if name not in REGISTERS:
             raise Unsupported(f"`reg.{name}` cannot be captured on x86-64", reason="Operand")
-        return Plain("u64", Register(name))
+        return Plain("u64", self._unless_hidden(Register(name)))
 
     def _unknown(self, name: str) -> TraplineError:
         site = self._site
@@ -370,7 +379,7 @@ class Compiler:
                 second = self._text(operands[1], MAX_STRING_BYTES, says=True)
                 enough = MAX_STRING_BYTES
                 if function == "startswith" and isinstance(second, Const) and isinstance(second.value, bytes):
-                    enough = max(1, len(second.value))
+                    enough = max(DEFAULT_STRING_BYTES, len(second.value))
                 self._at = arguments[0].at
                 return Plain("bool", Op(function, (self._text(operands[0], enough, says=True), second)))
             case "matches":
@@ -506,12 +515,11 @@ class Compiler:
                 raise NotFound(f"{described(left.type)} has no such name", suggestions=[f"'{n}'" for n in near])
             return number(left), Const(known[wanted])
         if _is_text(left) or _is_text(right):
-            fixed = next(
-                (o.value.value for o in (left, right) if isinstance(o, Plain) and isinstance(o.value, Const)), b""
-            )
             # One byte more than the other has is enough to know.
-            limit = min(MAX_STRING_BYTES, max(DEFAULT_STRING_BYTES, len(fixed) + 1)) if isinstance(fixed, bytes) else 0
-            return self._text(left, limit, says=True), self._text(right, limit, says=True)
+            fixed = [o.value.value for o in (left, right) if isinstance(o, Plain) and isinstance(o.value, Const)]
+            enough = max((len(v) + 1 for v in fixed if isinstance(v, bytes)), default=0)
+            limit = min(MAX_STRING_BYTES, max(DEFAULT_STRING_BYTES, enough))
+            return self._text(left, limit), self._text(right, limit)
         return self._number(left)[1], self._number(right)[1]
 
     def _choice(self, trees: tuple[Tree, ...]) -> Operand:
@@ -572,9 +580,9 @@ class Compiler:
             return found
         if operand.type.kind == "enum":
             return Names(number(operand), tuple((n, name.encode()) for name, n in operand.type.enumerators))
-        if operand.type.kind in ("pointer", "array"):
+        if says and operand.type.kind in ("pointer", "array"):
             return Text(self._address(operand), limit)
-        if is_scalar(operand.type) and kind_of_number(operand.type) == "u64" and operand.type.size == 8:
+        if says and is_scalar(operand.type) and kind_of_number(operand.type) == "u64" and operand.type.size == 8:
             return Text(number(operand), limit)
         raise SpecError(f"{described(operand.type)} is no text")
 

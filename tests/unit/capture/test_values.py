@@ -264,6 +264,9 @@ def test_arguments_by_name(bench: Bench, expression: str, value: object) -> None
         ("n.x", SpecError, "has no fields"),
         ("n[0]", SpecError, "no elements"),
         ("str(n)", SpecError, "no text"),
+        ("n == 'x'", SpecError, "no text"),
+        ("req == 'x'", SpecError, "no text"),
+        ("7 < str(req)", SpecError, "a text belongs here"),
         ("req.state == 'BUSI'", NotFound, "'BUSY'"),
     ],
 )

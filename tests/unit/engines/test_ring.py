@@ -8,10 +8,11 @@ import threading
 import pytest
 
 from trapline.protocol.hits import HitBatch, decode
+from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.capture.evaluate import read_string
 from trapline_agent.engines import ring as rings
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.plans import LATENCY, FetchPlan
+from trapline_agent.plans import LATENCY, Const, Context, Entry, FetchPlan, Op, Program, Register, Text
 
 WORDS = list(range(100, 127))
 
@@ -161,3 +162,46 @@ def test_calls_are_hits_limited_unreturned_or_in_flight() -> None:
     sink.lose("ended")
     assert (ring.calls, ring.hits, ring.limited, ring.unreturned) == (7, 2, 1, {"abandoned": 2, "ended": 1})
     assert (ring.in_flight, limits) == (1, [2])
+
+
+def test_what_programs_compute_and_what_they_let_go() -> None:
+    rdi, big = Register("rdi"), Const(1 << 63)
+    program = Program(
+        values=(
+            Op("sub", (Const(0), rdi)), Op("add", (big, big)), Op("div", (rdi, Const(4))), Op("gt", (rdi, Const(0))),
+            Const(b"text"), Text(Const(0), 8),
+        ),
+        condition=Op("eq", (Op("mod", (rdi, Const(2))), Const(0))),
+    )  # fmt: skip
+    fetches = [
+        FetchPlan(n, type=t) for n, t in zip("abcdef", ("i64", "u64", "f64", "bool", "bytes", "str"), strict=True)
+    ]
+    ring = HitRing(fetches, max_hits=rings.ROWS + 1)
+    sink = ring.sink(3, program)
+    words = list(WORDS)
+    for i in range(2 * rings.ROWS + 6):
+        words[REGISTERS.index("rdi")] = i
+        sink(i, 7, 8, words, -1)
+    assert (ring.hits, ring.filtered, ring.limited) == (rings.ROWS + 1, rings.ROWS + 3, 2)
+    first, last = drain(ring)
+    hit = list(first.hits())[1]
+    assert hit.args == {"a": -2, "b": 0, "c": 0.5, "d": True, "e": b"text".hex(), "f": None}
+    assert hit.status == {"b": "truncated", "f": "null"}
+    assert [h.args["a"] for h in last.hits()] == [-2 * rings.ROWS]
+
+
+def test_a_return_that_is_filtered_is_a_call_that_ended() -> None:
+    program = Program(
+        values=(Entry(Register("rdi")), Context("latency")),
+        condition=Op("lt", (Register("rax"), Entry(Register("rdi")))),
+    )
+    ring = HitRing([FetchPlan("a", type="u64"), FetchPlan("t", type="u64")], returns=True)
+    sink = ring.return_sink(0, program)
+    kept = [sink.enter([w + 1000 * i for w in WORDS], -1) for i in range(4)]
+    assert ring.in_flight == 4
+    for k in kept[:3]:
+        sink.leave(1, 7, 8, [w + 1000 for w in WORDS], -1, 9, k)
+    assert (ring.calls, ring.hits, ring.filtered, ring.in_flight) == (4, 2, 1, 1)
+    (batch,) = drain(ring)
+    rdi = WORDS[REGISTERS.index("rdi")]
+    assert [h.args for h in batch.hits()] == [{"a": rdi + 1000, "t": 9}, {"a": rdi + 2000, "t": 9}]
