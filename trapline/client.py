@@ -40,6 +40,7 @@ from trapline.errors import AuthError, NotFound, ProtocolError, TraplineError, U
 from trapline.model import (
     AggregateTable,
     CoverageLog,
+    FrameNames,
     Hit,
     Host,
     Model,
@@ -51,6 +52,8 @@ from trapline.model import (
     Problem,
     Process,
     Resolution,
+    StackFrame,
+    Symbolize,
     SymbolPage,
     Target,
 )
@@ -160,6 +163,11 @@ def _aggregate(
     if step is not None:
         wanted["step"] = step
     return _one(AggregateTable, Request("GET", f"/probes/{_segment(probe)}/aggregates", wanted))
+
+
+def _symbolize(host: str, frames: Sequence[StackFrame]) -> Exchange[list[list[str]]]:
+    body = Symbolize(frames=list(frames))
+    return _read(FrameNames, (yield Request("POST", f"/hosts/{_segment(host)}:symbolize", body=body))).names
 
 
 def _create(action: str, body: ProbeCreate, model: type[M]) -> Exchange[M]:
@@ -410,6 +418,10 @@ class Client(_Base):
         """Searches symbols; one page for each host that was asked."""
         return self._run(_symbols(query, module, host, limit))
 
+    def symbolize(self, host: str, frames: Sequence[StackFrame]) -> list[list[str]]:
+        """Names frames of ``Hit.stacks``: for each the functions that are inlined there, then the function."""
+        return self._run(_symbolize(host, frames))
+
     def resolve(self, probe: str) -> Resolution:
         """Says what a probe text would do, and does nothing."""
         return self._run(_create("/probes:resolve", ProbeCreate(probe=probe), Resolution))
@@ -562,6 +574,9 @@ class AsyncClient(_Base):
 
     async def symbols(self, query: str, *, module: str = "", host: str = "", limit: int = 50) -> list[SymbolPage]:
         return await self._run(_symbols(query, module, host, limit))
+
+    async def symbolize(self, host: str, frames: Sequence[StackFrame]) -> list[list[str]]:
+        return await self._run(_symbolize(host, frames))
 
     async def resolve(self, probe: str) -> Resolution:
         return await self._run(_create("/probes:resolve", ProbeCreate(probe=probe), Resolution))

@@ -14,6 +14,7 @@ from typing import NoReturn
 from trapline import tree
 from trapline.errors import SpecError, Unsupported
 from trapline.model import Aggregate, Capture
+from trapline.protocol.stacks import MAX_DEPTH
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree
 
 MAX_CAPTURES = 32
@@ -50,6 +51,8 @@ CONTEXT = (
     "caller", "errno", "traceparent",
 )  # fmt: skip
 """What a name means that is neither a parameter nor a variable there; ``ctx.NAME`` means it in any case."""
+STACKS = ("caller", "ctx.caller")
+"""What is a stack of one frame."""
 _INTEGER = (1, 1, "an address")
 FUNCTIONS = {
     "str": (1, 2, "a pointer and, if wanted, the most bytes to read: str(arg0, 128)"),
@@ -62,11 +65,11 @@ FUNCTIONS = {
     "cast": (2, 2, "a value and a quoted type: cast(arg0, 'struct foo *')"),
     "entry": (1, 1, "one value, as it was when the function was entered: entry(arg0)"),
     "ip": (0, 0, "nothing: it is the address of the probed instruction"),
+    "ustack": (0, 1, "the most frames, if anything: ustack(20)"),
 }
 """Least and most arguments, and what they are."""
 _LATER_FUNCTIONS = {
     "sym": "capture the address, and look it up with `nm`",
-    "ustack": "capture `u64(reg.rsp)` at a function's entry: who called",
     "kstack": "Trapline looks at programs, not at the kernel",
 }
 _FLOATS = re.compile(r"[xyz]mm[0-9]+|st[0-7]?")
@@ -421,6 +424,12 @@ class ExpressionReader:
                 if not isinstance(limit, Constant) or type(limit.value) is not int:
                     hint = f"write a number from 1 to {MAX_STRING_BYTES}; `buf(p, n)` takes a computed one"
                     self.fail("a string's length is a plain number", start + limit.at, hint=hint)
+            case "ustack", _ if entry:
+                self.fail("a stack is taken where the probe is, at the return", at, suggestions=["ustack()"])
+            case "ustack", (depth,):
+                frames = depth.value if isinstance(depth, Constant) else None
+                if type(frames) is not int or not 1 <= frames <= MAX_DEPTH:
+                    self.fail(f"a stack has 1 to {MAX_DEPTH} frames: ustack(20)", at)
             case (("matches" | "cast"), (_, literal)):
                 if not isinstance(literal, Constant) or not isinstance(literal.value, bytes):
                     self.fail(f"{function} takes {usage}", start + literal.at)
@@ -484,6 +493,11 @@ def _call_end(source: str) -> int:
                 return at + 1
         at += 1
     return len(source)
+
+
+def is_stack(text: str) -> bool:
+    """Whether a captured value, by its canonical text, is a stack."""
+    return text.startswith("ustack(") or text in STACKS
 
 
 def word(operand: str, *, entry: bool = False) -> Capture:

@@ -418,6 +418,33 @@ class SymbolPage(Model):
 # --- hits, as people see them ----------------------------------------------------------------------------------------
 
 
+class StackFrame(Model):
+    """One frame of a stack, not named yet: ``hosts/{host}:symbolize`` does that."""
+
+    path: str
+    """Of the file that its code is in, in the mount namespace of a process that maps it; ``[vdso]``; ``[anon]`` for code
+    without a file; empty where it is not known."""
+    build_id: str = ""
+    file: str = ""
+    """``dev inode`` as /proc/PID/maps prints them."""
+    offset: Annotated[int, Field(ge=0)]
+    """In the file: of the instruction in the innermost frame and where a signal interrupted, else of a call's last byte."""
+
+
+class Symbolize(Model):
+    """A question for the names of frames."""
+
+    frames: Annotated[list[StackFrame], Field(max_length=10_000)]
+
+
+class FrameNames(Model):
+    """Its answer."""
+
+    names: list[list[str]]
+    """For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
+    there is no symbol."""
+
+
 class Hit(Model):
     """One hit as JSON. ``ts_ns`` is a string since 64-bit nanoseconds exceed what JavaScript's numbers hold."""
 
@@ -435,6 +462,8 @@ class Hit(Model):
     bytes are hex digits, and floating-point numbers that are none are ``nan``, ``inf`` and ``-inf``."""
     status: dict[str, str] = Field(default_factory=dict)
     """For values that are not ok: ``truncated``, ``null``, ``fault``, ..."""
+    stacks: dict[str, list[StackFrame]] = Field(default_factory=dict)
+    """The frames of the stacks among them, innermost first."""
 
 
 # --- aggregates, as people see them -----------------------------------------------------------------------------------

@@ -20,8 +20,19 @@ from pydantic import ValidationError
 import trapline
 from trapline.errors import ProtocolError, TraplineError
 from trapline.ids import new_id
-from trapline.model import EngineInfo, HookInfo, HostFacts, Module, ProbeSpec, Process
+from trapline.model import (
+    EngineInfo,
+    FrameNames,
+    HookInfo,
+    HostFacts,
+    Module,
+    ProbeSpec,
+    Process,
+    StackFrame,
+    Symbolize,
+)
 from trapline.protocol import messages as m
+from trapline.protocol.stacks import Frame, StackFile
 from trapline_agent.capture.redaction import redaction
 from trapline_agent.config import AgentSettings, instance_id
 from trapline_agent.debuginfo.files import DebugFiles
@@ -33,6 +44,8 @@ from trapline_agent.resolve import Resolver
 from trapline_agent.targets.process import boot_id, list_processes
 from trapline_agent.tracer.client import Event, TracerClient
 from trapline_agent.tracer.messages import Exited
+from trapline_agent.unwind.names import Names
+from trapline_agent.unwind.tables import Tables
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +120,7 @@ class Agent:
         """The process list as the service knows it; None: not at all yet."""
         self._ends: dict[int, asyncio.Future[int]] = {}
         """How the launched commands ended."""
+        self._names = Names()
         self._stopping = False
         self._tasks = asyncio.TaskGroup()
         self._resolver: Resolver
@@ -142,6 +156,7 @@ class Agent:
             tasks=self._tasks,
             changed=self._report,
             resolve_interval_s=self._settings.resolve_interval_s,
+            tables=Tables(self._settings.state_dir / "unwind"),
         )
         self._facts = host_facts(self._settings, tracer)
         self._background = [
@@ -292,6 +307,10 @@ class Agent:
         if desired.full:
             self._reconciler.keep_only({probe.id for probe in desired.upsert})
 
+    def _name(self, frames: list[StackFrame]) -> FrameNames:
+        files = (Frame(StackFile(f.path, f.build_id, f.file), f.offset) for f in frames)
+        return FrameNames(names=[list(self._names(frame)) for frame in files])
+
     async def request(self, request: m.Request) -> dict[str, Any]:
         """Answers a question about this host.
 
@@ -309,6 +328,9 @@ class Agent:
                 module, query = str(params.get("module", "")), str(params.get("q", ""))
                 page = await asyncio.to_thread(self._resolver.search_symbols, module, query, limit)
                 return page.model_dump(mode="json")
+            if request.method == "symbolize":
+                frames = Symbolize.model_validate(params).frames
+                return (await asyncio.to_thread(self._name, frames)).model_dump(mode="json")
             if request.method == "coverage":
                 return self._reconciler.coverage(str(params["probe"])).model_dump(mode="json")
             modules: list[Module] = await asyncio.to_thread(self._resolver.modules, int(params.get("pid", 0)))

@@ -35,8 +35,8 @@ class AgentSettings(BaseSettings):
     token: SecretStr = SecretStr("")
     """The service's token for this agent."""
     state_dir: Path = Field(default_factory=state_dir)
-    """Where the host's instance id is kept, and the socket of a tracer that the agent starts: an agent that was killed finds
-    that tracer again when it is back before the lease ends. One agent at a time."""
+    """Where the host's instance id is kept, unwind tables (512 MiB at most), and the socket of a tracer that the agent
+    starts: an agent that was killed finds that tracer again when it is back before the lease ends. One agent at a time."""
     host_name: str = Field(default_factory=socket.gethostname)
     """The host's name as users see it and as ``where host=`` matches it."""
     tracer_socket: Path | None = None

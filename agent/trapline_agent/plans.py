@@ -98,6 +98,13 @@ class Context(Node, frozen=True, tag="context"):
     name: str
 
 
+class Frames(Node, frozen=True, tag="frames"):
+    """The thread's stack, packed (``trapline.protocol.stacks``): at most ``depth`` frames behind the first ``skip``."""
+
+    depth: int
+    skip: int = 0
+
+
 class Entry(Node, frozen=True, tag="entry"):
     """At a return: the value as it was when the function was entered."""
 
@@ -120,7 +127,7 @@ class Op(Node, frozen=True, tag="op"):
 
 
 Value = (
-    Const | Missing | Register | Xmm | Here | Load | Bits | Text | Bytes | Context | Entry | Names | Op
+    Const | Missing | Register | Xmm | Here | Load | Bits | Text | Bytes | Context | Frames | Entry | Names | Op
 )  # a further kind of fetch is added here, and in capture.evaluate
 
 
@@ -165,8 +172,8 @@ CONTEXT = ("pid", "tid", "comm")
 
 
 class FetchPlan(msgspec.Struct, frozen=True):
-    """One captured value, a column of the probe: a register, or the NUL-terminated string it points to; without a register,
-    what each site's program computes."""
+    """One captured value, a column of the probe: a register, or the NUL-terminated string it points to, or the stack;
+    without a register, what each site's program computes."""
 
     name: str
     register: str = ""
@@ -176,13 +183,17 @@ class FetchPlan(msgspec.Struct, frozen=True):
     """At a return: the register is that of the entry."""
     late: bool = False
     """With ``entry``: the string is read at the return."""
+    stack: int = 0
+    """The most frames of the thread's stack; 0: it is none. The register has no meaning then."""
+    skip: int = 0
+    """Innermost frames to leave out of the stack."""
     type: str = ""
     """Of the column (``trapline.protocol.hits``): by default ``str`` for a string, else ``u64``."""
 
     @property
     def column(self) -> str:
         """The column's type."""
-        return self.type or ("str" if self.string else "u64")
+        return self.type or ("stack" if self.stack else "str" if self.string else "u64")
 
 
 DEFAULT_MAX_KEYS = 1000

@@ -37,8 +37,10 @@ from trapline.model import (
 from trapline.protocol.messages import Observed
 from trapline_agent.plans import AggregatePlan, FetchPlan, FileKey, SitePlan
 from trapline_agent.resolve import Plan, with_columns
+from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import TracerClient
+from trapline_agent.unwind.tables import VDSO, Tables
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ _KEEP_COVERAGE = 1000
 """Entries of a probe's coverage log."""
 _TRACER_ENDED = "the tracer that had it armed ended; calls until this one armed it again were not counted"
 _ERROR_PAUSE_S = 1.0
+_PRELOADED = 64
+_PRELOAD_S = 3.0
+"""Files, and seconds, for unwind tables before a probe with stacks is armed; the others come when they are met."""
 _UNKNOWN = ProbeSpec(text="", object="/", point=Point(kind=PointKind.OFFSET))
 """Stands for the text of a probe that is only known to be removed."""
 
@@ -239,6 +244,7 @@ class Reconciler:
         tasks: asyncio.TaskGroup,
         changed: Callable[[str], None],
         resolve_interval_s: float = 5.0,
+        tables: Tables | None = None,
     ) -> None:
         """
         Args:
@@ -247,6 +253,7 @@ class Reconciler:
             tasks: the group that the probes' tasks run in.
             changed: called with a probe's id when ``observed`` would say something new of it.
             resolve_interval_s: seconds between two looks for further files.
+            tables: makes unwind tables.
         """
         self._host_id = host_id
         self._resolver = resolver
@@ -257,6 +264,9 @@ class Reconciler:
         self._held: set[str] = set()
         """What a joined tracer held already, until the desired set says whether it is still wanted."""
         self._watching: list[str] = []
+        self._tables = Tables() if tables is None else tables
+        self._told: dict[FileKey, tuple[int, int]] = {}
+        """Stamps of the files whose unwind tables the tracer has."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self.probes: dict[str, ProbeRun] = {}
 
@@ -313,6 +323,7 @@ class Reconciler:
     def tracer_up(self, tracer: TracerClient) -> None:
         """A tracer is there: everything desired is registered with it."""
         self._tracer, self._held = tracer, set(tracer.ready.probes)
+        self._told.clear()
         self._watching = []
         self._tasks.create_task(self._tell_loaders(tracer), name="loaders")
         self._watch()
@@ -334,13 +345,46 @@ class Reconciler:
             run.wake.set()
             self._changed(run.desired.id)
 
-    def handle(self, event: t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited) -> None:
+    async def _tell_table(self, tracer: TracerClient, wanted: t.FrameFile) -> None:
+        """Makes an unwind table, and hands it over if the tracer does not have it."""
+        made = await asyncio.to_thread(self._tables.make, wanted)
+        if made is None or tracer is not self._tracer or self._told.get(wanted.file) == made.stamp:
+            return
+        self._told[wanted.file] = made.stamp
+        with contextlib.suppress(ConnectionError):
+            tracer.set_frame_table(wanted.file, made.build_id, made.data)
+
+    async def _preload(self, tracer: TracerClient, run: ProbeRun) -> None:
+        """Hands over the unwind tables that the first stacks are likely to need: a program that has just begun does not
+        wait until its files' are made."""
+        plans = [*await asyncio.to_thread(self._resolver.loaders), *run.registered.plans.values()]
+        found = {p.file: t.FrameFile(file=p.file, path=p.path, pid=os.getpid(), start=0, end=0) for p in plans}
+        pid = run.registered.where.get("pid") or run.registered.where.get("tree", "")
+        if pid.isdecimal():
+            with contextlib.suppress(OSError):
+                for m in executable_mappings(int(pid)):
+                    found[m.file] = t.FrameFile(file=m.file, path=m.path, pid=int(pid), start=m.start, end=m.end)
+        wanted = [
+            t.FrameFile(file=FileKey("", 0), path=VDSO, pid=0, start=0, end=0),
+            *list(found.values())[:_PRELOADED],
+        ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PRELOAD_S):
+                for file in wanted:
+                    await self._tell_table(tracer, file)
+
+    def handle(
+        self, event: t.FrameFile | t.Targets | t.Covered | t.Stats | t.Completed | t.Mapped | t.LeaseEnded | t.Exited
+    ) -> None:
         """Takes what the tracer reported unasked."""
         if isinstance(event, t.Mapped):
             name = os.path.basename(event.path)
             for run in self.probes.values():
                 if name in run.watched:
                     run.wake.set()
+        elif isinstance(event, t.FrameFile):
+            if self._tracer is not None:
+                self._tasks.create_task(self._tell_table(self._tracer, event), name="unwind-table")
         elif isinstance(event, t.LeaseEnded):
             # We were too slow to renew, and everything is out: bring it all up again.
             log.warning("the tracer's lease ended: registering every probe again")
@@ -445,6 +489,8 @@ class Reconciler:
                 self._changed(desired.id)
 
     async def _register(self, run: ProbeRun, tracer: TracerClient, desired: DesiredProbe) -> TraplineError | None:
+        if any(fetch.stack for fetch in run.registered.fetches):
+            await self._preload(tracer, run)
         max_hits = desired.limits.max_hits or 0
         if max_hits and run.past_hits and desired.id not in tracer.ready.probes:
             # A tracer that has it still counts on from where it was.

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,13 +20,15 @@ from iced_x86 import Decoder, FlowControl
 from tests.engines.host import Files
 from tests.support.children import Child, fields
 from tests.support.targets import SOURCES, compile_c
-from trapline.protocol import aggregates
+from trapline.protocol import aggregates, hits
+from trapline.protocol.stacks import unpack
 from trapline_agent.arch.x86_64.stepping import plan_step
 from trapline_agent.kernel import procfs
-from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, FileKey, SitePlan
 from trapline_agent.targets.maps import executable_mappings
 from trapline_agent.tracer import messages as m
 from trapline_agent.tracer.client import TracerClient, spawn_tracer
+from trapline_agent.unwind.tables import Tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -159,6 +162,10 @@ class Trapline:
         self.targets: dict[str, int] = {}
         """How many targets of a probe are armed."""
         self._rows: dict[str, int] = {}
+        self._tables = Tables()
+        self._told: dict[FileKey, tuple[int, int]] = {}
+        self.ends: Counter[str] = Counter()
+        """How the stacks of hits ended."""
         self._changed = asyncio.Condition()
         self._reader = asyncio.create_task(self._read())
 
@@ -170,10 +177,24 @@ class Trapline:
                     self._rows[header.probe] = (
                         self._rows.get(header.probe, 0) + header.count + sum(header.drops.values())
                     )
+                    if header.files:
+                        self._look_at_stacks(hits.decode(event))
+                elif isinstance(event, m.FrameFile):
+                    made = await asyncio.to_thread(self._tables.make, event)
+                    if made is not None and self._told.get(event.file) != made.stamp:
+                        self._told[event.file] = made.stamp
+                        self.client.set_frame_table(event.file, made.build_id, made.data)
                 elif isinstance(event, m.Targets):
                     armed = sum(t.state == "armed" for t in event.targets)
                     self.targets[event.probe] = self.targets.get(event.probe, 0) + armed
                 self._changed.notify_all()
+
+    def _look_at_stacks(self, batch: hits.HitBatch) -> None:
+        for column in batch.header.columns:
+            if column.type == "stack":
+                for i in batch.columns[column.name].tolist():
+                    stack = unpack(batch.header.strings[i], batch.header.files)
+                    self.ends[f"{stack.end.text}, {len(stack.frames)} frames"] += 1
 
     returns = "returns" in inspect.signature(TracerClient.register).parameters
     """Whether this release has return probes."""

@@ -205,7 +205,10 @@ class Fleet:
             member.port.send(message)
 
     async def ask(
-        self, host: str, method: Literal["resolve", "symbols", "modules", "coverage"], params: dict[str, Any]
+        self,
+        host: str,
+        method: Literal["resolve", "symbols", "modules", "coverage", "symbolize"],
+        params: dict[str, Any],
     ) -> dict[str, Any]:
         """Asks a host's agent, and waits for its answer.
 

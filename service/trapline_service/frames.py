@@ -9,11 +9,12 @@ import msgspec
 import numpy as np
 
 from trapline.errors import ProtocolError
-from trapline.protocol import hits
-from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, ValueStatus, status_text
+from trapline.protocol import hits, stacks
+from trapline.protocol.hits import FIXED, STATUS_SUFFIX, Header, HitBatch, JsonValue, ValueStatus, in_json, status_text
 
 _MAX_INT64 = 2**63 - 1
 _EXACT_IN_JAVASCRIPT = 2**53
+_CONVERTED = ("i64", "f64", "bool", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,18 @@ class _Row(msgspec.Struct):
     tid: int
     comm: str
     site: str
-    args: dict[str, int | str | None]
+    args: dict[str, JsonValue | None]
     status: dict[str, str]
+    stacks: dict[str, list[_Frame]]
+
+
+class _Frame(msgspec.Struct):
+    """``trapline.model.StackFrame``."""
+
+    path: str
+    build_id: str
+    file: str
+    offset: int
 
 
 _encode = msgspec.json.Encoder().encode
@@ -96,8 +107,9 @@ def rows_json(batch: HitBatch) -> str:
     count = h.count
     columns = {name: column.tolist() for name, column in batch.columns.items()}
     ts, pids, tids, sites = (columns[name] for name, _ in FIXED)
-    args: list[dict[str, int | str | None]] = [{} for _ in range(count)]
+    args: list[dict[str, JsonValue | None]] = [{} for _ in range(count)]
     statuses: list[dict[str, str]] = [{} for _ in range(count)]
+    frames: list[dict[str, list[_Frame]]] = [{} for _ in range(count)]
     texts = [s.decode("utf-8", "backslashreplace") for s in h.strings]
     for column in h.columns[len(FIXED) :]:
         if column.name.endswith(STATUS_SUFFIX):
@@ -107,6 +119,17 @@ def rows_json(batch: HitBatch) -> str:
         if column.type == "str":
             ok = batch.columns[name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             values = [texts[v] if good else None for v, good in zip(values, ok.tolist(), strict=True)]
+        elif column.type == "stack":
+            found = {i: stacks.unpack(h.strings[i], h.files) for i in set(values)}
+            lists = {i: [_frame(f) for f in stack.frames] for i, stack in found.items()}
+            shown = {i: stacks.text(stack) for i, stack in found.items()}
+            for i, which in enumerate(values):
+                frames[i][name] = lists[which]
+            values = [shown[which] for which in values]
+        elif column.type in _CONVERTED:
+            ok = batch.columns[name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
+            convert = in_json(column.type, h.strings)
+            values = [convert(v) if good else None for v, good in zip(values, ok.tolist(), strict=True)]
         elif column.type == "u64" and int(batch.columns[name].max()) > _EXACT_IN_JAVASCRIPT:
             values = [v if v <= _EXACT_IN_JAVASCRIPT else str(v) for v in values]
         for row, value in zip(args, values, strict=True):
@@ -117,6 +140,7 @@ def rows_json(batch: HitBatch) -> str:
             statuses[i][name] = status_text(flag)
             if flag > ValueStatus.TRUNCATED:
                 args[i][name] = None
+                frames[i].pop(name, None)
     rows = []
     for i in range(count):
         wall = ts[i] + h.clock_offset
@@ -134,6 +158,11 @@ def rows_json(batch: HitBatch) -> str:
                 h.sites[site] if site < len(h.sites) else "",
                 args[i],
                 statuses[i],
+                frames[i],
             )
         )
     return _encode(rows)[1:-1].decode()
+
+
+def _frame(frame: stacks.Frame) -> _Frame:
+    return _Frame(frame.file.path, frame.file.build_id, frame.file.file, frame.offset)

@@ -115,7 +115,7 @@ class Host:
 
         def ring() -> HitRing:
             if aggregate is None:
-                return HitRing(fetches, max_hits=max_hits, returns=returns)
+                return HitRing(fetches, max_hits=max_hits, returns=returns, stacks=self.table.stacks)
             return AggregateStore(aggregate, fetches, {}, max_hits=max_hits, returns=returns)
 
         consumer = self.table.publish(message, ring)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trapline.errors import ProtocolError
 from trapline.model import Hit
 from trapline.protocol import hits
 from trapline.protocol.hits import FIXED, Header, HitBatch, ValueStatus
+from trapline.protocol.stacks import BY_FRAME_POINTER, End, StackFile
 
 _WORD = st.integers(0, 2**64 - 1)
 
@@ -22,7 +24,11 @@ def batches(draw: st.DrawFn) -> HitBatch:
     names = draw(st.lists(st.text("abcxyz0()", min_size=1, max_size=8), unique=True, max_size=4))
     captured = [(n, draw(st.sampled_from(sorted(hits.VALUE_TYPES)))) for n in names if n not in dict(FIXED)]
     count = draw(st.integers(1, 9))
-    strings = draw(st.lists(st.binary(max_size=12), min_size=1, max_size=5))
+    frames = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), max_size=9)
+    words = st.tuples(st.sampled_from(End), st.sampled_from([0, BY_FRAME_POINTER]), frames)
+    packed = words.map(lambda s: struct.pack(f"<{len(s[2]) + 1}Q", s[0] | s[1], *(f << 32 | o for f, o in s[2])))
+    texts = packed if any(kind == "stack" for _, kind in captured) else st.binary(max_size=12)
+    strings = draw(st.lists(texts, min_size=1, max_size=5))
     columns = hits.schema(captured)
     values = {}
     for c in columns:
@@ -42,6 +48,7 @@ def batches(draw: st.DrawFn) -> HitBatch:
         clock_offset=draw(st.integers(0, 2**60)),
         columns=columns,
         strings=strings,
+        files={1: StackFile("/lib/x.so", build_id="ab", file="08:01 7"), 2: StackFile("[vdso]")},
         sites=["lib:f"],
         comms={1: "one"},
         drops=draw(st.dictionaries(st.sampled_from(["tracer-ring", "x"]), st.integers(1, 9))),
@@ -78,7 +85,7 @@ def test_round_trip(batch: HitBatch) -> None:
                 case "bool", _:
                     assert value in (None, True, False)
                 case _:
-                    assert value is None or kind == "str"
+                    assert value is None or kind in ("str", "stack")
             assert Hit.model_validate_json(hit.model_dump_json()).args[name] == value
 
 

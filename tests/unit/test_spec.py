@@ -208,7 +208,6 @@ def test_wrong_texts_say_what_and_where(text: str, at: str, says: str) -> None:
     [
         ("app:f {reg.ymm0}", "reg.ymm0}", "floating-point"),
         ("app:f {x=sym(arg0)}", "sym(arg0)}", "`sym()`"),
-        ("app:f if ustack(3)", "ustack(3)", "`ustack()`"),
         ("p:n /a:f %di:u32", "%di:u32", "`u32`"),
     ],
 )

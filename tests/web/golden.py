@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from trapline.protocol.hits import MAGIC, Column, Header, HitBatch, schema
+from trapline.protocol.stacks import StackFile
 
 PATH = Path(__file__).resolve().parents[2] / "web" / "tests" / "golden-batches.json"
 STRINGS = [
@@ -49,6 +50,10 @@ def _batch(count: int, columns: list[Column], values: dict[str, Any], **fields: 
         }
     )
     return HitBatch(header, dict(arrays))
+
+
+def _stack(end: int, *frames: tuple[int, int]) -> bytes:
+    return struct.pack(f"<{len(frames) + 1}Q", end, *(file << 32 | offset for file, offset in frames))
 
 
 def batches() -> dict[str, HitBatch]:
@@ -90,6 +95,24 @@ def batches() -> dict[str, HitBatch]:
             generation=3,
         ),
         "numbers beyond 32 bits": _batch(2, schema([]), {}, seq=2**40 + 3, clock_offset=-3_000_000_000, comms={}),
+        "stacks": _batch(
+            4,
+            schema([("stack", "stack"), ("caller", "stack")]),
+            {"stack": [0, 1, 2, 3], "caller": [4] * 4, "stack?": [0, 0, 1, 1], "caller?": [0] * 4},
+            strings=[
+                _stack(0, (1, 0x9B0E3), (2, 0x11D0), (1, 0x27249)),
+                _stack(1, (3, 0x8F0), (4, 0xFFFF_FFFF)),
+                _stack(0x103, (2, 0x11D0), (9, 0x10)),
+                _stack(4),
+                _stack(1, (2, 7)),
+            ],
+            files={
+                1: StackFile("/usr/lib/x86_64-linux-gnu/libc.so.6", build_id="ab12", file="08:01 77"),
+                2: StackFile("/srv/wörker"),
+                3: StackFile("[vdso]"),
+                4: StackFile("[anon]"),
+            },
+        ),
         "odd paddings": _batch(
             5,
             schema([(f"a{i}", "str" if i % 2 else "u64") for i in range(5)]),

@@ -26,8 +26,10 @@ from trapline.cli.console import (
 from trapline.cli.rows import format_hit, plain
 from trapline.cli.tables import lines
 from trapline.client import Client, Gap
-from trapline.errors import NotFound
-from trapline.model import Phase, Probe, ProbeKind, Resolution, Target, TargetState
+from trapline.errors import NotFound, TraplineError
+from trapline.model import Hit, Phase, Probe, ProbeKind, Resolution, Target, TargetState
+
+_MAX_FRAMES = 100_000
 
 probe_app = typer.Typer(help="Add, list, show and remove probes.", no_args_is_help=True)
 
@@ -231,6 +233,7 @@ def hits(
     """Show recorded hits, or with --follow those that come."""
     with Client(url, token) as client:
         names = {p.id: p.name for p in client.probes()}
+        functions = _Functions(client)
         wanted = probes or []
         for name in wanted:
             if name not in names and name not in names.values():
@@ -242,7 +245,7 @@ def hits(
                 if json:
                     print_json(hit)
                 else:
-                    print(format_hit(hit, names.get(hit.probe, hit.probe)))
+                    print(format_hit(hit, names.get(hit.probe, hit.probe), functions.of(hit)))
             return
         try:
             for item in client.stream(wanted or None, [host] if host else None):
@@ -256,9 +259,37 @@ def hits(
                 else:
                     if item.probe not in names:
                         names |= _name_of(client, item.probe)
-                    print(format_hit(item, names.get(item.probe, item.probe)), flush=True)
+                    print(format_hit(item, names.get(item.probe, item.probe), functions.of(item)), flush=True)
         except KeyboardInterrupt:
             return
+
+
+class _Functions:
+    """Names the frames of hits, asking the hits' host for those that are new."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._known: dict[tuple[str, str], list[str]] = {}
+        """By host and frame."""
+
+    def of(self, hit: Hit) -> dict[str, list[str]]:
+        """Returns of each stack its functions; none where the host does not answer: then the hit's own text is shown."""
+        frames = {f.model_dump_json(): f for stack in hit.stacks.values() for f in stack}
+        new = {key: f for key, f in frames.items() if (hit.host, key) not in self._known}
+        if len(self._known) + len(new) > _MAX_FRAMES:
+            self._known.clear()
+            new = frames
+        try:
+            found = self._client.symbolize(hit.host, list(new.values())) if new else []
+        except TraplineError:
+            return {}
+        self._known |= {(hit.host, key): names for key, names in zip(new, found, strict=True)}
+        named = {}
+        for name, stack in hit.stacks.items():
+            named[name] = [n for f in stack for n in self._known[hit.host, f.model_dump_json()]]
+            if hit.status.get(name):
+                named[name].append(str(hit.args[name]).rpartition(" <- ")[2])
+        return named
 
 
 def _name_of(client: Client, probe: str) -> dict[str, str]:

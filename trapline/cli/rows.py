@@ -7,13 +7,14 @@ thousands of hits a second on the CPU that the traced programs run on too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from trapline.model import Hit
 from trapline.protocol.hits import FIXED, INTERNED, STATUS_SUFFIX, HitBatch, JsonValue, ValueStatus, in_json
+from trapline.protocol.stacks import Name, lines, place, unpack
 
 _ADDRESS = 1 << 32
 _BEYOND = {
@@ -81,7 +82,9 @@ class Clock:
 class Lines:
     """Turns batches into lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: Name | None = None) -> None:
+        """``name``: names the frames of stacks; by default they are shown as places in files."""
+        self._name = name or (lambda frame: (place(frame),))
         self._local = Clock()
         self._utc = Clock(time.gmtime, "%Y-%m-%dT%H:%M:%S")
 
@@ -92,13 +95,29 @@ class Lines:
         comms = {pid: plain(comm) for pid, comm in h.comms.items()}
         labels = [plain(site) for site in h.sites]
         args = list(zip(*self._captured(batch, stop), strict=True)) or [()] * len(ts)
+        frames = list(zip(*self._stacks(batch, stop), strict=True)) or [()] * len(ts)
         clock, offset = self._local, h.clock_offset
-        lines = []
-        for at, pid, tid, site, values in zip(ts, pids, tids, sites, args, strict=True):
+        out: list[str] = []
+        for at, pid, tid, site, values, stacks in zip(ts, pids, tids, sites, args, frames, strict=True):
             who = f"{pid}" if pid == tid else f"{pid}/{tid}"
             label = labels[site] if site < len(labels) else "?"
-            lines.append(f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(values)})\n")
-        return "".join(lines)
+            out.append(
+                f"{clock(at + offset)} {who} {comms.get(pid, '')} {label}({', '.join(v for v in values if v)})\n"
+            )
+            out += stacks
+        return "".join(out)
+
+    def _stacks(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
+        """Yields for each captured stack a column of its frames, a line each; empty for a single one (``caller``), which is
+        shown as a value."""
+        h = batch.header
+        for column in h.columns[len(FIXED) :]:
+            if column.type != "stack":
+                continue
+            which = batch.columns[column.name][:stop].tolist()
+            found = {i: lines(unpack(h.strings[i], h.files), self._name) for i in set(which)}
+            texts = {i: "".join(f"        {plain(n)}\n" for n in names) for i, names in found.items() if len(names) > 1}
+            yield [texts.get(i, "") for i in which]
 
     def _captured(self, batch: HitBatch, stop: int | None) -> Iterator[list[str]]:
         for column in batch.header.columns[len(FIXED) :]:
@@ -106,6 +125,11 @@ class Lines:
                 continue
             prefix = f"{column.name}="
             values = batch.columns[column.name][:stop].tolist()
+            if column.type == "stack":
+                h = batch.header
+                found = {i: lines(unpack(h.strings[i], h.files), self._name) for i in set(values)}
+                yield ["" if len(found[i]) > 1 else prefix + plain("".join(found[i])) for i in values]
+                continue
             states = batch.columns[column.name + STATUS_SUFFIX][:stop].tolist()
             show = _shown(column.type, batch.header.strings)
             cells = []
@@ -123,14 +147,14 @@ class Lines:
         captured = [
             (
                 column.name,
-                in_json(column.type, h.strings),
+                in_json(column.type, h.strings, h.files, self._name),
                 batch.columns[column.name][:stop].tolist(),
                 batch.columns[column.name + STATUS_SUFFIX][:stop].tolist(),
             )
             for column in h.columns[len(FIXED) :]
             if not column.name.endswith(STATUS_SUFFIX)
         ]
-        lines = []
+        out = []
         for i, (at, pid, tid, site) in enumerate(zip(ts, pids, tids, sites, strict=True)):
             args: dict[str, JsonValue | None] = {}
             status: dict[str, str] = {}
@@ -153,24 +177,35 @@ class Lines:
                 "args": args,
                 "status": status,
             }
-            lines.append(_encode(hit).decode())
-        return "\n".join(lines) + "\n"
+            out.append(_encode(hit).decode())
+        return "\n".join(out) + "\n"
 
 
 _STATES = frozenset(ValueStatus)
 _clock = Clock()
 
 
-def format_hit(hit: Hit, probe: str) -> str:
-    """Returns a hit as the API gives it as a line for people; ``probe`` is the probe's name."""
-    values = []
+def format_hit(hit: Hit, probe: str, names: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Returns a hit as the API gives it as a line for people, stacks below it.
+
+    Args:
+        hit: the hit.
+        probe: the probe's name.
+        names: of each captured stack its functions, innermost first; by default shown as the hit has it.
+    """
+    values, below = [], []
     for name, value in hit.args.items():
         state = hit.status.get(name, "")
-        if value is None:
+        if (stack := (names or {}).get(name)) is not None:
+            if len(stack) == 1:
+                values.append(f"{name}={plain(stack[0])}")
+            else:
+                below += [f"\n        {plain(n)}" for n in stack]
+        elif value is None:
             values.append(f"{name}={'NULL' if state == 'null' else f'<{state}>'}")
         else:
             shown = real(value) if isinstance(value, float) else quote(value) if isinstance(value, str) else word(value)
             values.append(f"{name}={shown}{'...' if state else ''}")
     who = f"{hit.pid}" if hit.pid == hit.tid else f"{hit.pid}/{hit.tid}"
     site = plain(hit.site) or plain(probe)
-    return f"{_clock(int(hit.ts_ns))} {who} {plain(hit.comm)} {site}({', '.join(values)})"
+    return f"{_clock(int(hit.ts_ns))} {who} {plain(hit.comm)} {site}({', '.join(values)}){''.join(below)}"

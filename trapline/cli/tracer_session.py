@@ -37,9 +37,11 @@ from trapline.cli.console import (
     uncovered,
     unreturned,
 )
+from trapline.cli.folded import Folded
 from trapline.cli.rows import Lines, plain
 from trapline.cli.tables import lines
 from trapline.errors import NotFound, SpecError, TraplineError
+from trapline.expressions import is_stack
 from trapline.model import AggregateTable, DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
 from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
@@ -52,6 +54,8 @@ from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import Event
+from trapline_agent.unwind.names import Names
+from trapline_agent.unwind.tables import Tables
 
 _WAITING_BYTES = 64 * 1024 * 1024
 _STAGE = "terminal"
@@ -74,6 +78,7 @@ class Options:
     overhead: Budget = None
     output: Path | None = None
     json: bool = False
+    folded: bool = False
 
 
 class Writer:
@@ -85,9 +90,11 @@ class Writer:
         ended: set when the reader has gone (a closed pipe), or ``limit`` hits are written.
     """
 
-    def __init__(self, file: IO[bytes], *, json: bool, limit: int | None) -> None:
+    def __init__(self, file: IO[bytes], *, json: bool, limit: int | None, folded: bool = False) -> None:
         self._file = file
-        self._lines = Lines()
+        names = Names()
+        self._lines = Lines(names)
+        self._folded = Folded(names) if folded else None
         self._json = json
         self._limit = limit
         self._waiting: deque[bytes] = deque()
@@ -120,6 +127,8 @@ class Writer:
                     self._file.flush()
                 if self._limit is not None and self.shown >= self._limit:
                     break
+            if self._folded is not None:
+                self._folded.write(self._file)
             self._file.flush()
         except (BrokenPipeError, ValueError):
             self._give_up()  # the reader has enough
@@ -148,6 +157,10 @@ class Writer:
         if self._limit is not None:
             rows = min(rows, self._limit - self.shown)
         if rows > 0:
+            if self._folded is not None:
+                self._folded.add(batch, rows)
+                self.shown += rows
+                return
             text = self._lines.ndjson(batch, rows) if self._json else self._lines.text(batch, rows)
             self._file.write(text.encode())
             self.shown += rows
@@ -197,6 +210,8 @@ class Session:
         """Raises SpecError for a text that is wrong, Unsupported for one that this release cannot do."""
         spec = parse_probe(text)
         require_supported(spec)
+        if self._options.folded and not any(is_stack(c.text) for c in spec.captures):
+            raise SpecError("--folded counts stacks, and this probe captures none", text=text, hint="add {ustack()}")
         for key, value in (("pid", self._options.pid), ("comm", self._options.name)):
             if value:
                 if spec.where.get(key, str(value)) != str(value):
@@ -246,7 +261,7 @@ class Session:
             loop.add_signal_handler(number, self._interrupt, number)
         file = options.output.open("wb") if options.output else os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         with file:
-            self._writer = Writer(file, json=options.json, limit=options.max_hits)
+            self._writer = Writer(file, json=options.json, limit=options.max_hits, folded=options.folded)
             try:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
@@ -339,7 +354,11 @@ class Session:
             raise TraplineError(f"the {tracer.ready.engine} engine does not work here: {tracer.ready.reason}")
         async with asyncio.TaskGroup() as tasks:
             self._reconciler = Reconciler(
-                host_id=self._host, resolver=resolver, tasks=tasks, changed=lambda _: self._changed.set()
+                host_id=self._host,
+                resolver=resolver,
+                tasks=tasks,
+                changed=lambda _: self._changed.set(),
+                tables=_tables(),
             )
             self._reconciler.tracer_up(tracer)
             tasks.create_task(self._keeper.keep(self, self._take), name="tracer")
@@ -432,6 +451,11 @@ class Session:
                 note(f"{probe}: {stats.filtered:,} more did not match the condition")
             if traced.run.stats and (text := uncovered(traced.run.stats.uncovered_ms)):
                 note(f"{probe}: there were more hits than these{text} (--overhead off counts all)")
+
+
+def _tables() -> Tables:
+    """Returns what makes unwind tables; they are kept where this user's agent keeps them."""
+    return Tables(state_dir() / "unwind")
 
 
 def _budgets(overhead: Budget) -> t.Budgets:

@@ -29,6 +29,12 @@ def trace(
     overhead: Overhead = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the hits to this file.")] = None,
     json: Json = False,
+    folded: Annotated[
+        bool,
+        typer.Option(
+            "--folded", help="At the end, print how often each stack was met, for flamegraph.pl and the like."
+        ),
+    ] = False,
 ) -> int:
     """Trace programs of this machine: hits as they come, and a summary at the end. No service is needed.
 
@@ -56,5 +62,6 @@ def trace(
         overhead=read_budget(overhead),
         output=output,
         json=json,
+        folded=folded,
     )
     return run_session(options)

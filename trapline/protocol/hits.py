@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -33,7 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trapline.errors import ProtocolError
-from trapline.model import Hit
+from trapline.model import Hit, StackFrame
+from trapline.protocol import stacks
+from trapline.protocol.stacks import StackFile
 
 MAGIC = b"TLH1"
 MAX_ROWS = 65_536
@@ -43,16 +45,19 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "u64": np.dtype("<u8"),
     "u32": np.dtype("<u4"),
     "str": np.dtype("<u4"),
+    "stack": np.dtype("<u4"),
     "u8": np.dtype("u1"),
     "i64": np.dtype("<i8"),
     "f64": np.dtype("<f8"),
     "bool": np.dtype("u1"),
     "bytes": np.dtype("<u4"),
 }
-VALUE_TYPES = {"u64": "Q", "i64": "q", "f64": "d", "bool": "B", "str": "I", "bytes": "I"}
-"""Types of captured values, and how ``struct`` packs them. ``str`` and ``bytes`` are indices into ``strings``."""
-INTERNED = ("str", "bytes")
+VALUE_TYPES = {"u64": "Q", "i64": "q", "f64": "d", "bool": "B", "str": "I", "bytes": "I", "stack": "I"}
+"""Types of captured values, and how ``struct`` packs them. ``str``, ``bytes`` and ``stack`` (packed as
+``trapline.protocol.stacks`` says, its files are in ``files``) are indices into ``strings``."""
+INTERNED = ("str", "bytes", "stack")
 JsonValue = bool | int | float | str
+_NO_FILES: Mapping[int, StackFile] = {}
 _JSON_EXACT = 2**53
 """Up to here JavaScript's numbers hold every integer."""
 FIXED = (("ts", "u64"), ("pid", "u32"), ("tid", "u32"), ("site", "u32"))
@@ -76,7 +81,7 @@ class ValueStatus(IntEnum):
 
 
 class Column(msgspec.Struct, frozen=True):
-    """Name and type of a column; ``str`` (text) and ``bytes`` are u32 indices into the header's ``strings``."""
+    """Name and type of a column; ``str`` (text), ``bytes`` and ``stack`` are u32 indices into the header's ``strings``."""
 
     name: str
     type: str
@@ -99,6 +104,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     columns: list[Column]
     generation: int = 1
     strings: list[bytes] = []
+    files: dict[int, StackFile] = {}
+    """Files that frames of its stacks are in, by their numbers; these hold for the tracer's life (``source``'s)."""
     sites: list[str] = []
     comms: dict[int, str] = {}
     """Process names of the pids in this batch."""
@@ -134,16 +141,20 @@ class HitBatch:
         """Yields rows as ``Hit``s, for JSON; ``start`` and ``stop`` are row numbers."""
         h = self.header
         captured = [c for c in h.columns[len(FIXED) :] if not c.name.endswith(STATUS_SUFFIX)]
-        convert = {c.name: in_json(c.type, h.strings) for c in captured}
+        convert = {c.name: in_json(c.type, h.strings, h.files) for c in captured}
         rows = range(start, h.count if stop is None else min(stop, h.count))
         ts, pids, tids, sites = (self.columns[name] for name, _ in FIXED)
         for i in rows:
             wall = int(ts[i]) + h.clock_offset
             args: dict[str, JsonValue | None] = {}
             status: dict[str, str] = {}
+            frames: dict[str, list[StackFrame]] = {}
             for c in captured:
                 st = int(self.columns[c.name + STATUS_SUFFIX][i])
                 args[c.name] = None if st > ValueStatus.TRUNCATED else convert[c.name](self.columns[c.name][i].item())
+                if c.type == "stack" and st <= ValueStatus.TRUNCATED:
+                    stack = stacks.unpack(h.strings[int(self.columns[c.name][i])], h.files)
+                    frames[c.name] = [_frame(f) for f in stack.frames]
                 if st:
                     status[c.name] = status_text(st)
             site = int(sites[i])
@@ -160,7 +171,12 @@ class HitBatch:
                 site=h.sites[site] if site < len(h.sites) else "",
                 args=args,
                 status=status,
+                stacks=frames,
             )
+
+
+def _frame(frame: stacks.Frame) -> StackFrame:
+    return StackFrame(path=frame.file.path, build_id=frame.file.build_id, file=frame.file.file, offset=frame.offset)
 
 
 def _text(data: bytes) -> str:
@@ -175,13 +191,19 @@ def _real(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def in_json(kind: str, strings: Sequence[bytes]) -> Callable[[Any], JsonValue]:
+def in_json(
+    kind: str, strings: Sequence[bytes], files: Mapping[int, StackFile] = _NO_FILES, name: stacks.Name = stacks.placed
+) -> Callable[[Any], JsonValue]:
     """Returns what makes a column's values (as ``tolist`` has them) what ``trapline.model.Hit`` has.
 
     Args:
         kind: the column's type.
         strings: the batch's.
+        files: the batch's.
+        name: names the frames of stacks.
     """
+    if kind == "stack":
+        return lambda index: stacks.text(stacks.unpack(strings[index], files), name)
     if kind in INTERNED:
         texts = [_text(s) if kind == "str" else s.hex() for s in strings]
         return texts.__getitem__
@@ -254,6 +276,11 @@ def decode(frame: bytes | memoryview) -> HitBatch:
             ok = columns[c.name + STATUS_SUFFIX] <= ValueStatus.TRUNCATED
             if ok.any() and int(columns[c.name][ok].max()) >= len(header.strings):
                 raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
+        if c.type == "stack" and header.count:
+            for i in np.unique(columns[c.name]).tolist():
+                if i >= len(header.strings):
+                    raise ProtocolError(f"hit batch column {c.name} points beyond its string table")
+                stacks.unpack(header.strings[i], header.files)
     return HitBatch(header, columns)
 
 

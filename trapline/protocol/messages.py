@@ -110,11 +110,11 @@ class Request(Model):
     """A question to the host. ``resolve`` takes ``{"spec": ProbeSpec}`` and gives a ``HostResolution``; ``symbols`` takes
     ``{"module": str, "q": str, "limit": int}`` (module may be empty: all that are mapped) and gives a ``SymbolPage``;
     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``; ``coverage`` takes
-    ``{"probe": str}`` and gives a ``CoverageLog``."""
+    ``{"probe": str}`` and gives a ``CoverageLog``; ``symbolize`` takes a ``Symbolize`` and gives ``FrameNames``."""
 
     type: Literal["request"] = "request"
     id: str
-    method: Literal["resolve", "symbols", "modules", "coverage"]
+    method: Literal["resolve", "symbols", "modules", "coverage", "symbolize"]
     params: dict[str, Any] = Field(default_factory=dict)
 
 

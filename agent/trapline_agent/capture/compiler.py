@@ -11,6 +11,7 @@ from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Uns
 from trapline.expressions import ARGUMENT, AT_RETURN, CONTEXT, XMM, register_named
 from trapline.model import ProbeKind
 from trapline.protocol.hits import ValueStatus
+from trapline.protocol.stacks import DEFAULT_DEPTH
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree, parse
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, GO_REGISTERS, REGISTERS, RESULT_REGISTER
 from trapline_agent.capture import abi
@@ -37,17 +38,32 @@ from trapline_agent.capture.typed import (
 from trapline_agent.capture.typed import field as field_of
 from trapline_agent.debuginfo.model import DebugInfo, Function, Location, Scope, Type, TypeRef, Variable
 from trapline_agent.patterns import compile_pattern
-from trapline_agent.plans import Bits, Bytes, Const, Context, Here, Load, Missing, Names, Op, Register, Text, Value, Xmm
+from trapline_agent.plans import (
+    Bits,
+    Bytes,
+    Const,
+    Context,
+    Frames,
+    Here,
+    Load,
+    Missing,
+    Names,
+    Op,
+    Register,
+    Text,
+    Value,
+    Xmm,
+)
 
 _T = TypeVar("_T")
 _AT_HIT = ("pid", "tid", "comm", "exe", "uid", "cgroup", "cpu", "ts")
 _TEXTS = ("comm", "exe", "cgroup")
 _NOT_YET = {
     "container": "`cgroup` has the container's id in it",
-    "caller": "at a function's entry it is `u64(reg.rsp)`",
     "errno": "capture `retval`",
     "traceparent": "capture what the program keeps it in",
 }
+_ALONE = "a stack is captured whole: nothing can be computed of it"
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _U64 = Type("base", "u64", 8)
 _CLONES = (".isra.", ".constprop.", ".part.")
@@ -107,10 +123,25 @@ class Compiler:
 
     def column(self, expression: str, name: str = "") -> tuple[str, Value]:
         """Returns a captured value: its column type and what computes it."""
-        kind, value = self._checked(expression, lambda tree: self._shown(self._operand(tree)))
+        kind, value = self._checked(expression, self._column)
         if name and self._site.redact((name,)):
             return kind, Missing(ValueStatus.REDACTED)
         return kind, value
+
+    def _column(self, tree: Tree) -> tuple[str, Value]:
+        match tree:
+            case Call(function="ustack", arguments=arguments):
+                (depth,) = [a.value for a in arguments if isinstance(a, Constant)] or [DEFAULT_DEPTH]
+                return "stack", Frames(int(depth))
+            case Field(of=Name(id="ctx"), name="caller"):
+                return "stack", self._caller()
+            case Name(id="caller") if self._variable("caller") is None:
+                return "stack", self._caller()
+        return self._shown(self._operand(tree))
+
+    def _caller(self) -> Frames:
+        # At a return the thread stands in the caller.
+        return Frames(1, int(self._site.kind is ProbeKind.ENTRY))
 
     def condition(self, expression: str) -> Value:
         """Returns a condition: a bool."""
@@ -291,6 +322,8 @@ class Compiler:
     def _context(self, name: str) -> Operand:
         if name in _AT_HIT:
             return Plain("str" if name in _TEXTS else "u64", Context(name))
+        if name == "caller":
+            raise SpecError(_ALONE, hint="capture `caller` as it is")
         if name in _NOT_YET:
             raise Unsupported(
                 f"not in this release: the value `{name}`", hint=_NOT_YET[name], reason="NotInThisRelease"
@@ -336,6 +369,8 @@ class Compiler:
         here = self._at
         if function == "entry":
             return self._entered(arguments[0])
+        if function == "ustack":
+            raise SpecError(_ALONE, hint="capture `ustack()` as it is")
         if function == "ip":
             return Plain("u64", Here(0))
         operands = [self._operand(a) for a in arguments]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from trapline.protocol.hits import ValueStatus
+from trapline.protocol.stacks import MAX_DEPTH as MAX_FRAMES
+from trapline.protocol.stacks import End
 from trapline_agent.arch.x86_64.registers import INDEX, RIP
 from trapline_agent.patterns import compile_pattern
 from trapline_agent.plans import (
@@ -22,6 +24,7 @@ from trapline_agent.plans import (
     Const,
     Context,
     Entry,
+    Frames,
     Here,
     Load,
     Missing,
@@ -47,6 +50,8 @@ Scalar = int | float | bytes
 """What a value is; a bool is an int."""
 Kept = tuple[tuple[Scalar, int], ...]
 """What a call keeps for its return: (value, status)."""
+Walk = Callable[[int, Sequence[int], int, int, int], bytes]
+"""``unwind.walk.Stacks.walk``: process, registers, descriptor of its memory, most frames, frames to skip; a packed stack."""
 Floats = Callable[[int], bytes]
 """Returns xmm0 to xmm15 of a stopped thread, 16 bytes each; raises OSError."""
 
@@ -88,17 +93,24 @@ Function = Callable[[Hit], Any]
 class Values:
     """Values, and a condition, that are computed of one hit."""
 
-    def __init__(self, values: Sequence[Value], condition: Value | None = None, floats: Floats | None = None) -> None:
+    def __init__(
+        self,
+        values: Sequence[Value],
+        condition: Value | None = None,
+        floats: Floats | None = None,
+        walk: Walk | None = None,
+    ) -> None:
         """
         Args:
             values: what to compute.
             condition: whether to.
             floats: reads floating-point registers; none: they cannot be had.
+            walk: takes stacks; none: they cannot be had.
         """
         roots = [*values] if condition is None else [*values, condition]
         self._entries = list(dict.fromkeys(e.of for root in roots for e in _walk(root) if isinstance(e, Entry)))
-        self._at_entry = _Compiled(self._entries, {}, floats)
-        self._at_hit = _Compiled(roots, {e: i for i, e in enumerate(self._entries)}, floats)
+        self._at_entry = _Compiled(self._entries, {}, floats, walk)
+        self._at_hit = _Compiled(roots, {e: i for i, e in enumerate(self._entries)}, floats, walk)
         self._cells = self._at_hit.cells
         functions = self._at_hit.functions
         self._functions = functions[: len(values)]
@@ -165,14 +177,20 @@ def parts(value: Value) -> tuple[Value, ...]:
 class _Compiled:
     """Functions for some values that are computed of the same hit."""
 
-    def __init__(self, roots: Iterable[Value], kept: dict[Value, int], floats: Floats | None) -> None:
+    def __init__(
+        self, roots: Iterable[Value], kept: dict[Value, int], floats: Floats | None, walk: Walk | None
+    ) -> None:
+        self._walk = walk
         self._kept = kept
         self._floats = floats
         self.cells = 0
         """Results that more than one of them needs."""
         roots = list(roots)
         fetches = [
-            v for root in roots for v in _walk(root, into_entry=False) if isinstance(v, Load | Text | Bytes | Context)
+            v
+            for root in roots
+            for v in _walk(root, into_entry=False)
+            if isinstance(v, Load | Text | Bytes | Context | Frames)
         ]
         count = Counter(fetches)
         self._shared = {v for v, n in count.items() if n > 1}
@@ -247,6 +265,8 @@ class _Compiled:
                 return _bytes(self._function(address), self._function(size), limit)
             case Context(name=name):
                 return _CONTEXT.get(name) or _raising(ValueStatus.UNSUPPORTED)
+            case Frames(depth=depth, skip=skip):
+                return _frames(self._walk, depth, skip)
             case Entry(of=of):
                 return self._at_entry(of)
             case Names(of=of, names=names):
@@ -389,6 +409,19 @@ def _bytes(address: Function, size: Function, limit: int) -> Function:
         if len(data) < wanted:
             hit.truncated = True
         return data
+
+    return fetch
+
+
+def _frames(walk: Walk | None, depth: int, skip: int) -> Function:
+    if walk is None:
+        return _raising(ValueStatus.UNSUPPORTED)
+
+    def fetch(hit: Hit) -> bytes:
+        packed = walk(hit.pid, hit.words, hit.memory, depth, skip)
+        if packed[0] > End.LIMIT:
+            hit.truncated = True
+        return packed
 
     return fetch
 
@@ -554,6 +587,8 @@ def wrong(value: Value, depth: int = 0) -> str:
                 return f"{width} bits as `{as_}`"
             case Text(limit=limit) | Bytes(limit=limit) if not 1 <= limit <= MAX_BYTES:
                 return f"{limit} bytes, not 1 to {MAX_BYTES}"
+            case Frames(depth=depth_, skip=skip) if not 1 <= depth_ <= MAX_FRAMES or not 0 <= skip <= MAX_FRAMES:
+                return f"{depth_} frames of a stack"
             case Context(name=name) if name not in CONTEXT_NAMES:
                 return f"no `{name}`"
             case Op(op=op, of=of) if op not in OPERATIONS or not _fits(op, of):

@@ -17,6 +17,7 @@ from trapline_agent.plans import (
     Context,
     Entry,
     FetchPlan,
+    Frames,
     Program,
     Register,
     Text,
@@ -158,7 +159,9 @@ def explicit(fetches: Sequence[FetchPlan]) -> Program:
 
 
 def _of_type(column: str) -> str:
-    return {"str": "a text", "bytes": "bytes", "f64": "a floating-point number"}.get(column, "a number")
+    return {"str": "a text", "bytes": "bytes", "f64": "a floating-point number", "stack": "a stack"}.get(
+        column, "a number"
+    )
 
 
 def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:
@@ -168,6 +171,8 @@ def _plain(name: str, kind: str, value: Value) -> FetchPlan | None:
             return FetchPlan(name, register)
         case "u64", Entry(of=Register(name=register)):
             return FetchPlan(name, register, entry=True)
+        case "stack", Frames(depth=depth, skip=skip):
+            return FetchPlan(name, "rip", stack=depth, skip=skip)
         case "u64", Context(name="latency"):
             return FetchPlan(name, LATENCY)
         case "str", Text(address=Register(name=register), limit=limit):
@@ -188,6 +193,8 @@ def _context(name: str, kind: str, value: Value) -> FetchPlan | None:
 
 def _value(fetch: FetchPlan) -> Value:
     """The other way round."""
+    if fetch.stack:
+        return Frames(fetch.stack, fetch.skip)
     known = fetch.register == LATENCY or fetch.register in CONTEXT
     word: Value = Context(fetch.register) if known else Register(fetch.register)
     if fetch.string:

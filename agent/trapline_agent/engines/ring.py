@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import itertools
 import struct
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trapline.protocol.hits import INTERNED, Header, HitBatch, ValueStatus, row_dtype, row_format, schema
+from trapline.protocol.stacks import MAX_DEPTH, StackFile, numbers_of
 from trapline_agent.capture.compute import MASK, Floats, Scalar, Values
 from trapline_agent.capture.evaluate import Evaluator, Kept, ReturnEvaluator
 from trapline_agent.plans import FetchPlan, Program
+from trapline_agent.unwind.walk import Stacks
 
 ROWS = 2048
 """Rows of a chunk: an agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""
 CHUNKS = 64
 """Full chunks that wait to be drained: 131,072 hits."""
 OVERHEAD_SAMPLES = 256
+_STACK_BYTES = 512 << 10
+"""Of a chunk's different stacks, which have to fit a batch's header (``hits.MAX_HEADER_BYTES``)."""
 _SIGN = 1 << 63
 
 
@@ -49,6 +56,7 @@ class HitRing:
         *,
         max_hits: int = 0,
         returns: bool = False,
+        stacks: Stacks | None = None,
         floats: Floats | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
@@ -58,16 +66,23 @@ class HitRing:
             fetches: what each hit captures; where they are not all plain, each site's program computes them.
             max_hits: hits to record; further ones are counted as limited. 0: all.
             returns: it is for a return probe: ``return_sink`` makes its sinks.
+            stacks: walks them, where a fetch is of one.
             floats: reads the floating-point registers of a stopped thread.
             on_data: called when a row is written to an empty ring, by the writing thread.
             on_limit: called once when ``max_hits`` is reached, likewise.
         """
+        self._stacks = stacks or Stacks()
+        self.of_stacks = any(f.column == "stack" for f in fetches)
+        """Whether its hits have stacks."""
+        depth = sum((f.stack or MAX_DEPTH) + 1 for f in fetches if f.column == "stack")
+        self._max_stacks = max(1, _STACK_BYTES // (8 * depth)) if depth else sys.maxsize
+        """Texts and stacks of one chunk; without stacks only its rows are counted."""
         self.columns = schema([(f.name, f.column) for f in fetches])
         self._dtype = row_dtype(self.columns)
         self._row = struct.Struct(row_format(self.columns))
         plain = all(f.register for f in fetches)
-        self._evaluate = Evaluator(() if returns or not plain else fetches)
-        self._evaluate_return = ReturnEvaluator(fetches if returns and plain else ())
+        self._evaluate = Evaluator(() if returns or not plain else fetches, self._stacks.walk)
+        self._evaluate_return = ReturnEvaluator(fetches if returns and plain else (), self._stacks.walk)
         self._types = [f.column for f in fetches]
         self._floats = floats
         self._max = max_hits
@@ -108,7 +123,7 @@ class HitRing:
         """Returns the ``ReturnSink`` that records calls of this site."""
         if program is None:
             return ReturnRecorder(self, site)
-        return ProgramReturns(self, site, Values(program.values, program.condition, self._floats))
+        return ProgramReturns(self, site, Values(program.values, program.condition, self._floats, self._stacks.walk))
 
     def begin(self, words: Sequence[int], memory: int) -> Kept:
         """Counts a call; returns what it keeps for its return."""
@@ -130,10 +145,10 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS:
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
                 chunk = self._rotate()
             n = chunk.count
-            values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings)
+            values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings, pid)
             self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *values)
             chunk.count = n + 1
             self.hits += 1
@@ -149,7 +164,7 @@ class HitRing:
 
     def program_sink(self, site: int, program: Program) -> Callable[[int, int, int, Sequence[int], int], None]:
         """Returns the ``Sink`` that records what a program computes."""
-        values = Values(program.values, program.condition, self._floats)
+        values = Values(program.values, program.condition, self._floats, self._stacks.walk)
         conditional = program.condition is not None
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
@@ -173,7 +188,7 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS:
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
                 chunk = self._rotate()
             n = chunk.count
             row: list[int | float] = []
@@ -215,6 +230,7 @@ class HitRing:
         size = self._row.size
         capture = evaluate.words if not evaluate.has_strings else None
         maximum = self._max
+        most = self._max_stacks
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
             with lock:
@@ -223,11 +239,13 @@ class HitRing:
                     return
                 chunk = self._chunk
                 n = chunk.count
-                if n == ROWS:
+                if n == ROWS or (capture is None and len(chunk.strings) >= most):
                     chunk = self._rotate()
                     n = 0
                 values = (
-                    capture(words) if capture is not None else evaluate(words, memory, chunk.interned, chunk.strings)
+                    capture(words)
+                    if capture is not None
+                    else evaluate(words, memory, chunk.interned, chunk.strings, pid)
                 )
                 pack_into(chunk.buffer, n * size, ts, pid, tid, site, *values)
                 chunk.count = n + 1
@@ -300,10 +318,20 @@ class HitRing:
                 sites=list(sites),
                 comms={p: comms[p] for p in np.unique(rows["pid"]).tolist() if p in comms},
                 drops=drops,
+                files=self._files_of(chunk, rows),
             )
             drops = {}
             batches.append((chunk.count, HitBatch(header, {c.name: rows[c.name] for c in self.columns}).encode()))
         return batches
+
+    def _files_of(self, chunk: _Chunk, rows: npt.NDArray[Any]) -> dict[int, StackFile]:
+        """Returns the files that the stacks of a chunk have frames in."""
+        columns = [c.name for c in self.columns if c.type == "stack"]
+        if not columns:
+            return {}
+        which = np.unique(np.concatenate([rows[name] for name in columns])).tolist()
+        numbers = {number for i in which for number in numbers_of(chunk.strings[i])}
+        return {number: self._stacks.file(number) for number in sorted(numbers)}
 
     def median_overhead_ns(self) -> float:
         """Returns the median of the last samples, in ns; 0.0 before the first."""

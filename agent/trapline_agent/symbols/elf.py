@@ -50,6 +50,10 @@ _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_GNU_EH_FRAME, _PF_X = 1, 2, 4, 0x6474_E550, 1
 _SHT_SYMTAB, _SHT_NOTE, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 7, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
 _R_X86_64_RELATIVE = 8
+_PC_RELATIVE_4 = 0x1B
+"""DW_EH_PE_pcrel, DW_EH_PE_sdata4."""
+_E_SHSTRNDX = 62
+"""Offset of the last field of the header."""
 _SHF_EXECINSTR = 4
 _DT_NULL, _DT_PLTRELSZ, _DT_STRTAB, _DT_RELA, _DT_RELASZ, _DT_SONAME = 0, 2, 5, 7, 8, 14
 _DT_TEXTREL, _DT_JMPREL, _DT_FLAGS, _DF_TEXTREL = 22, 23, 30, 4
@@ -345,6 +349,43 @@ class ElfFile:
         for row in self._segments[self._segments["type"] == _PT_LOAD]:
             if 0 <= vaddr - int(row["vaddr"]) < int(row["filesz"]):
                 return vaddr - int(row["vaddr"]) + int(row["offset"])
+        return None
+
+    def eh_frame(self, limit: int) -> tuple[int, bytes] | None:
+        """Returns the virtual address of .eh_frame and its bytes; None where there is none.
+
+        It is found by PT_GNU_EH_FRAME, which stripping leaves (LSB core, "The .eh_frame_hdr section"); its size then is
+        the section's, or up to the segment's end. Static programs have the section alone. Raises ResolveError where it is
+        malformed, or longer than ``limit`` bytes.
+        """
+        for row in self._segments[self._segments["type"] == _PT_GNU_EH_FRAME][:1]:
+            head = self._read(int(row["offset"]), min(int(row["filesz"]), 12), "unwind header")
+            # Version 1; the pointer to .eh_frame, 4 bytes signed, from its own place: every linker writes it so.
+            if len(head) < 8 or head[0] != 1 or head[1] != _PC_RELATIVE_4:
+                break
+            vaddr = (int(row["vaddr"]) + 4 + int.from_bytes(head[4:8], "little", signed=True)) % (1 << 64)
+            for load in self._segments[self._segments["type"] == _PT_LOAD]:
+                inside = vaddr - int(load["vaddr"])
+                if 0 <= inside < int(load["filesz"]):
+                    size = min(int(load["filesz"]) - inside, self.size - int(load["offset"]) - inside)
+                    sections = self._sections[self._sections["addr"] == vaddr]
+                    size = next((int(s["size"]) for s in sections if 0 < s["size"] <= size), size)
+                    return vaddr, self._read(int(load["offset"]) + inside, size, ".eh_frame", limit)
+        section = self._section_named(b".eh_frame")
+        if section is None or section["type"] == _SHT_NOBITS:
+            return None
+        return int(section["addr"]), self._read(int(section["offset"]), int(section["size"]), ".eh_frame", limit)
+
+    def _section_named(self, name: bytes) -> Table | None:
+        index = int.from_bytes(self._read(_E_SHSTRNDX, 2, "header"), "little")
+        if index >= len(self._sections):
+            return None
+        strings = self._sections[index]
+        names = self._read(int(strings["offset"]), int(strings["size"]), "section names", _MAX_SMALL)
+        for row in self._sections:
+            at = int(row["name"])
+            if names[at : at + len(name) + 1] == name + b"\0":
+                return row  # type: ignore[no-any-return]
         return None
 
     # --- symbols

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Self
 
 from trapline.errors import ProtocolError, TraplineError, Unavailable
-from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
+from trapline_agent.plans import AggregatePlan, FetchPlan, FileKey, SitePlan
 from trapline_agent.tracer import messages as m
 
-Event = m.Targets | m.Covered | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
+Event = m.FrameFile | m.Targets | m.Covered | m.Stats | m.Completed | m.Mapped | m.Exited | m.LeaseEnded
 """What comes unasked; an encoded hit batch or aggregate comes as bytes."""
 
 _START_TIMEOUT_S = 20.0
@@ -212,6 +212,10 @@ class TracerClient:
     def set_loaders(self, plans: Sequence[SitePlan]) -> None:
         """Tells where the dynamic loaders of this host report what they mapped; see ``Loaders``."""
         self._send(m.Loaders(plans=list(plans)))
+
+    def set_frame_table(self, file: FileKey, build_id: str, table: bytes) -> None:
+        """Tells how the callers of a file's code are found; see ``FrameTable``."""
+        self._send(m.FrameTable(file=file, build_id=build_id, table=table))
 
     async def launch(
         self,

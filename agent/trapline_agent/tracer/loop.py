@@ -26,6 +26,7 @@ from trapline.aggregates import FUNCTIONS
 from trapline.errors import EngineError, PermissionDenied, ProtocolError, TraplineError
 from trapline.ids import new_id
 from trapline.protocol.hits import VALUE_TYPES
+from trapline.protocol.stacks import MAX_DEPTH
 from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.capture.compute import wrong
 from trapline_agent.engines.aggregate import AggregateStore
@@ -44,6 +45,7 @@ from trapline_agent.tracer.mappers import Held, MapperHook
 from trapline_agent.tracer.safeguard import Safeguard
 from trapline_agent.tracer.shipper import Shipper
 from trapline_agent.tracer.table import Consumer, Table
+from trapline_agent.unwind.walk import NewFile
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class Tracer:
         self._safeguard = Safeguard(journal or path.with_suffix(".journal"))
         self._engine = PtraceEngine(self._table, self._safeguard.journal)
         self._table.on_exit = self._process_ended
+        self._table.stacks.want = self._want_table
         self._guard = Guard(self._table, self._look_at)
         self._capabilities = self._engine.capabilities()
         self._looks = Looks(self._engine)
@@ -293,6 +296,8 @@ class Tracer:
                 case m.Spare(self_pids=pids):
                     self._spare(pids)
                     self._reconcile_all()
+                case m.FrameTable(file=file, build_id=build_id, table=table):
+                    self._table.stacks.add(file, build_id, table)
                 case m.Loaders(plans=plans):
                     self._table.set_loaders(plans)
                     if self._table.consumers:
@@ -348,6 +353,7 @@ class Tracer:
             probes=[c.probe for c in self._table.consumers],
         )
         self._shipper.connect(self._agent.socket, ready)
+        self._table.stacks.ask_again()
         self._stats.clear()
 
     def _spare(self, pids: Iterable[int]) -> None:
@@ -395,6 +401,7 @@ class Tracer:
                     message.fetches,
                     max_hits=limit,
                     returns=returns,
+                    stacks=self._table.stacks,
                     floats=self._engine.floats,
                     on_data=data,
                     on_limit=complete,
@@ -582,6 +589,10 @@ class Tracer:
         self._shipper.again_at = min((due for c in consumers if (due := c.ring.due)), default=0.0)
         return batches
 
+    def _want_table(self, new: NewFile) -> None:
+        """On a tracer thread: code was met whose file's unwind table is not there."""
+        self._shipper.send(m.FrameFile(file=new.file, path=new.path, pid=new.pid, start=new.start, end=new.end))
+
     def _stats_of(self, consumer: Consumer) -> m.Stats:
         ring = consumer.ring
         return m.Stats(
@@ -740,6 +751,8 @@ def _check_register(message: m.Register) -> None:
                 if why := wrong(value):
                     raise EngineError(f"probe {message.probe} cannot be computed at {message.sites[plan.site]}: {why}")
     for fetch in message.fetches:
+        if not 0 <= fetch.stack <= MAX_DEPTH or not 0 <= fetch.skip <= MAX_DEPTH or (fetch.stack and fetch.entry):
+            raise EngineError(f"capture {fetch.name} of probe {message.probe}: {fetch.stack} frames of a stack")
         if fetch.column not in VALUE_TYPES:
             raise EngineError(f"capture {fetch.name} of probe {message.probe}: no type `{fetch.column}`")
         if not fetch.register and not plain:

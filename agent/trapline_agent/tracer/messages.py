@@ -269,8 +269,30 @@ class Loaders(Message, tag="loaders"):
     plans: list[SitePlan]
 
 
-ToTracer = Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
-ToAgent = Ready | Done | Targets | Covered | Stats | Completed | Mapped | Exited | LeaseEnded
+class FrameFile(Message, tag="frame-file"):
+    """Tracer to agent: a process has a file whose unwind table is wanted; answered by ``FrameTable``."""
+
+    file: FileKey
+    path: str
+    pid: int
+    start: int
+    """Of a mapping of it, by which it can be opened, and ``end`` behind it."""
+    end: int
+
+
+class FrameTable(Message, tag="frame-table"):
+    """Agent to tracer: the unwind table of a file; before it is asked for, too."""
+
+    file: FileKey
+    build_id: str = ""
+    table: bytes = b""
+    """As ``unwind.table`` encodes it; empty where the file has none."""
+
+
+ToTracer = (
+    FrameTable | Loaders | Spare | Hello | Renew | Register | Unregister | Launch | Release | Signal | Shutdown | Watch
+)
+ToAgent = FrameFile | Ready | Done | Targets | Covered | Stats | Completed | Mapped | Exited | LeaseEnded
 
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises; the last is of values that are nested too deep."""

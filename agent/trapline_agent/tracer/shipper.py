@@ -21,7 +21,9 @@ FLUSH_S = 0.01
 _CLOSE_S = 2.0
 """How long an agent has to take what is left, when the tracer ends."""
 _MAX_CONTROL = 10_000
-"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped (the agent looks by itself too)."""
+"""Frames that wait for an agent that does not read; beyond, news of mappings is dropped (the agent looks by itself too), and
+of files with frames (they are told again)."""
+_NEWS = m.Mapped | m.FrameFile
 
 
 class Shipper:
@@ -71,7 +73,7 @@ class Shipper:
     def send(self, message: m.Message) -> None:
         """Queues a control message; without an agent it is dropped. Any thread."""
         with self._lock:
-            if self._socket is None or (isinstance(message, m.Mapped) and len(self._control) >= _MAX_CONTROL):
+            if self._socket is None or (isinstance(message, _NEWS) and len(self._control) >= _MAX_CONTROL):
                 return
             self._control.append(m.frame(message))
         self._urgent.set()

@@ -51,6 +51,7 @@ from trapline_agent.tracer.messages import CoverageEntry, Register, TargetState
 from trapline_agent.tracer.meters import Meters
 from trapline_agent.tracer.outages import Outages
 from trapline_agent.tracer.places import Places
+from trapline_agent.unwind.walk import Stacks
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class Table:
         self._lock = threading.Lock()
         self._on_change = on_change
         self.meters = Meters()
+        self.stacks = Stacks()
         self.verdicts = Verdicts()
         self.self_pids: frozenset[int] = frozenset()
         self.unheld: Mapping[FileKey, str] = {}
@@ -494,6 +496,7 @@ class Table:
     # --- Observer: the engine's threads ------------------------------------------------------------------------------
 
     def wanted(self, identity: ProcessId, cause: str, parent: ProcessId | None = None) -> Wanted:
+        self.stacks.changed(identity.pid)
         now, verdicts = self._now, self.verdicts
         if parent is not None:
             self._ancestors[identity] = (parent.pid, *self._ancestors_of(parent))
@@ -504,7 +507,10 @@ class Table:
             raise ProcessLookupError(f"process {identity.pid} is gone")
         parents = self._parents(identity)
         matching = {c for c in now.consumers if c.selector.matches(facts, parents)}
-        mappings = maps.parse_maps(self._proc.maps(identity.pid))
+        text = self._proc.maps(identity.pid)
+        mappings = maps.parse_maps(text)
+        if any(consumer.ring.of_stacks for consumer in matching):
+            self.stacks.meet(identity.pid, text)
 
         def still_mapped(addr: int, plan: SitePlan) -> bool:
             return maps.is_mapped(mappings, plan.file, plan.offset, addr)
@@ -743,6 +749,7 @@ class Table:
             consumer.ring.overhead_ns.append(held_ns)
 
     def exited(self, identity: ProcessId, status: int | None) -> None:
+        self.stacks.gone(identity.pid)
         self._gone(identity)
         self.on_exit(identity, status)
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import ValidationError
 
 from trapline.errors import ProtocolError
-from trapline.model import Host, Model, Module, Process
+from trapline.model import FrameNames, Host, Model, Module, Process, Symbolize
 from trapline_service.api.common import PageSize, PageToken, TheService, page
 from trapline_service.api.errors import responses
 from trapline_service.auth import Caller
@@ -92,3 +92,20 @@ async def list_modules(
         return ModuleList(items=_Modules.model_validate(answer).modules)
     except ValidationError as e:
         raise ProtocolError(f"host {host} gave an answer that cannot be read: {e.error_count()} errors") from e
+
+
+@router.post(
+    "/hosts/{host}:symbolize",
+    operation_id="symbolize",
+    summary="The functions of stacks' frames, as the host's files have them now",
+    responses=responses(404, 409, 502, 503),
+)
+async def symbolize(_: Caller, service: TheService, host: str, question: Symbolize) -> FrameNames:
+    answer = await service.fleet.ask(host, "symbolize", question.model_dump(mode="json"))
+    try:
+        found = FrameNames.model_validate(answer)
+    except ValidationError as e:
+        raise ProtocolError(f"host {host} gave an answer that cannot be read: {e.error_count()} errors") from e
+    if len(found.names) != len(question.frames):
+        raise ProtocolError(f"host {host} named {len(found.names)} of {len(question.frames)} frames")
+    return found

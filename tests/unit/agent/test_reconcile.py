@@ -11,10 +11,11 @@ import pytest
 
 from trapline.errors import EngineError, NotFound, TraplineError, Unavailable
 from trapline.model import DesiredProbe, Point, PointKind, ProbeLimits, ProbeSpec, TargetState
-from trapline_agent.plans import FileKey, SitePlan
+from trapline_agent.plans import FetchPlan, FileKey, SitePlan
 from trapline_agent.reconcile import Reconciler
 from trapline_agent.resolve import Plan
 from trapline_agent.tracer import messages as t
+from trapline_agent.unwind.tables import VDSO, Made, Tables, Wanted
 
 TIMEOUT_S = 10.0
 
@@ -53,6 +54,7 @@ class Tracer:
         self.registered: list[tuple[str, dict[str, Any]]] = []
         self.unregistered: list[str] = []
         self.watched: list[list[str]] = []
+        self.tables: list[tuple[FileKey, str, bytes]] = []
         self.refuse: list[TraplineError] = []
 
     async def register(self, probe: str, **plan: Any) -> None:
@@ -71,17 +73,25 @@ class Tracer:
     def set_loaders(self, plans: list[SitePlan]) -> None:
         pass
 
+    def set_frame_table(self, file: FileKey, build_id: str, table: bytes) -> None:
+        self.tables.append((file, build_id, table))
+
 
 class World:
     """A reconciler, its scripted neighbours, and a way to wait until something holds."""
 
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup, tables: Tables | None = None) -> None:
         self.resolver = Resolver()
         self.tracer = Tracer()
         self._changed = asyncio.Event()
         self.changes: list[str] = []
         self.reconciler = Reconciler(
-            host_id="hst_a", resolver=self.resolver, tasks=tasks, changed=self._note, resolve_interval_s=3600
+            host_id="hst_a",
+            resolver=self.resolver,
+            tasks=tasks,
+            changed=self._note,
+            resolve_interval_s=3600,
+            tables=tables or Tables(),
         )
 
     def _note(self, probe: str) -> None:
@@ -286,3 +296,67 @@ async def test_targets_that_are_gone_do_not_pile_up(world: World) -> None:
     observed = world.reconciler.observed("prb_a")
     assert observed is not None
     assert [target.pid for target in observed.targets] == [*range(68, 100), 1000]
+
+
+class StackTables(Tables):
+    """Tables of files that are all there, of one stamp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stamp = (1, 1)
+        self.asked: list[str] = []
+
+    def make(self, wanted: Wanted) -> Made | None:
+        self.asked.append(wanted.path)
+        return Made(self.stamp, "ab", b"table") if wanted.path != "/gone" else None
+
+
+async def test_unwind_tables_are_told_once_and_again_when_the_file_is_another() -> None:
+    tables = StackTables()
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(TIMEOUT_S):
+        world = World(tasks, tables)
+        tracer = world.up()
+
+        async def ask(inode: int, path: str = "/app") -> None:
+            before = len(tables.asked)
+            running = asyncio.all_tasks()
+            world.reconciler.handle(t.FrameFile(file=FileKey("00:01", inode), path=path, pid=1, start=0, end=1))
+            await asyncio.gather(*(asyncio.all_tasks() - running))
+            assert len(tables.asked) == before + 1
+
+        await ask(1)
+        await ask(1)
+        assert tracer.tables == [(FileKey("00:01", 1), "ab", b"table")]
+        tables.stamp = (2, 1)
+        await ask(1)
+        assert len(tracer.tables) == 2
+        await ask(2, "/gone")
+        assert len(tracer.tables) == 2
+        await ask(3)
+        assert tracer.tables[2][0] == FileKey("00:01", 3)
+        again = world.up()
+        await ask(1)
+        assert [file for file, _, _ in again.tables] == [FileKey("00:01", 1)]
+
+
+async def test_the_first_stacks_tables_are_told_before_the_probe_is_registered() -> None:
+    tables = StackTables()
+    async with asyncio.TaskGroup() as tasks:
+        world = World(tasks, tables)
+        told: list[int] = []
+        world.up()
+        register = world.tracer.register
+
+        async def registering(probe: str, **plan: Any) -> None:
+            told.append(len(world.tracer.tables))
+            await register(probe, **plan)
+
+        world.tracer.register = registering  # type: ignore[method-assign]
+        world.resolver.answer = _plan(1, 2)
+        spec = ProbeSpec(text="app:f", object="app", point=Point(kind=PointKind.SYMBOL, value="f"))
+        world.resolver.answer.fetches.append(FetchPlan("stack", "rip", stack=9))
+        world.reconciler.upsert(DesiredProbe(id="prb_a", spec=spec))
+        await world.settled()
+        assert told == [3]
+        assert tables.asked == [VDSO, "/1/app", "/2/app"]
+        await world.reconciler.remove_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as some
 from tests.unit.service.peers import OFFSET
 from trapline.errors import ProtocolError
 from trapline.protocol.hits import Header, HitBatch, decode, row_dtype, schema
+from trapline.protocol.stacks import StackFile
 from trapline_service.frames import HitFrame, rows_json
 
 WORDS = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 2**53, 2**53 + 1, 2**64 - 1]))
@@ -21,8 +23,13 @@ WORDS = some.one_of(some.integers(0, 2**64 - 1), some.sampled_from([0, 2**53, 2*
 @some.composite
 def batches(draw: Any) -> bytes:
     count = draw(some.integers(1, 8))
-    columns = schema([("n", "u64"), ("s", "str")])
-    strings = draw(some.lists(some.binary(max_size=20), min_size=1, max_size=4))
+    columns = schema(
+        [("n", "u64"), ("s", "str"), ("t", "stack"), ("i", "i64"), ("f", "f64"), ("b", "bool"), ("x", "bytes")]
+    )
+    frames = some.lists(some.tuples(some.integers(0, 3), some.integers(0, 2**32 - 1)), max_size=4)
+    packed = frames.map(lambda fs: struct.pack(f"<{len(fs) + 1}Q", 4, *(file << 32 | at for file, at in fs)))
+    strings = draw(some.lists(packed, min_size=1, max_size=4))
+    texts = draw(some.lists(some.binary(max_size=20), min_size=1, max_size=4))
     rows = np.zeros(count, row_dtype(columns))
     for i in range(count):
         # 255 stands for a status of a newer agent.
@@ -34,8 +41,18 @@ def batches(draw: Any) -> bytes:
             "site": draw(some.integers(0, 2)),
             "n": draw(WORDS),
             "n?": draw(status),
-            "s": draw(some.integers(0, len(strings) - 1)),
+            "s": draw(some.integers(0, len(strings) + len(texts) - 1)),
             "s?": draw(status),
+            "t": draw(some.integers(0, len(strings) - 1)),
+            "t?": draw(status),
+            "i": draw(some.integers(-(2**63), 2**63 - 1)),
+            "i?": draw(status),
+            "f": draw(some.floats()),
+            "f?": draw(status),
+            "b": draw(some.integers(0, 1)),
+            "b?": draw(status),
+            "x": draw(some.integers(0, len(strings) + len(texts) - 1)),
+            "x?": draw(status),
         }
         for name, value in row.items():
             rows[name][i] = value
@@ -49,7 +66,8 @@ def batches(draw: Any) -> bytes:
         t1=0,
         clock_offset=OFFSET + draw(some.integers(0, 10**9)),
         columns=columns,
-        strings=strings,
+        strings=strings + texts,
+        files={1: StackFile("/lib/a.so", build_id="ab", file="08:01 5"), 2: StackFile("[vdso]")},
         sites=["a:f", "a:g"],
         comms={int(rows["pid"][0]): draw(some.text(max_size=15))},
     )

@@ -103,6 +103,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/hosts/{host}:symbolize": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** The functions of stacks' frames, as the host's files have them now */
+        post: operations["symbolize"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/symbols": {
         parameters: {
             query?: never;
@@ -829,6 +846,18 @@ export interface components {
             features: string[];
         };
         /**
+         * FrameNames
+         * @description Its answer.
+         */
+        FrameNames: {
+            /**
+             * Names
+             * @description For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
+             *     there is no symbol.
+             */
+            names: string[][];
+        };
+        /**
          * Gap
          * @description Hits that this subscription will not get. ``count`` of them; sequence range where it is known.
          */
@@ -952,6 +981,13 @@ export interface components {
              */
             status: {
                 [key: string]: string;
+            };
+            /**
+             * Stacks
+             * @description The frames of the stacks among them, innermost first.
+             */
+            stacks: {
+                [key: string]: components["schemas"]["StackFrame-Output"][];
             };
         };
         /** HitItems */
@@ -1554,7 +1590,7 @@ export interface components {
          * @description A question to the host. ``resolve`` takes ``{"spec": ProbeSpec}`` and gives a ``HostResolution``; ``symbols`` takes
          *     ``{"module": str, "q": str, "limit": int}`` (module may be empty: all that are mapped) and gives a ``SymbolPage``;
          *     ``modules`` takes ``{"pid": int}`` (0: of all processes) and gives ``{"modules": [Module]}``; ``coverage`` takes
-         *     ``{"probe": str}`` and gives a ``CoverageLog``.
+         *     ``{"probe": str}`` and gives a ``CoverageLog``; ``symbolize`` takes a ``Symbolize`` and gives ``FrameNames``.
          */
         Request: {
             /**
@@ -1568,7 +1604,7 @@ export interface components {
              * Method
              * @enum {string}
              */
-            method: "resolve" | "symbols" | "modules" | "coverage";
+            method: "resolve" | "symbols" | "modules" | "coverage" | "symbolize";
             /** Params */
             params: {
                 [key: string]: unknown;
@@ -1660,6 +1696,62 @@ export interface components {
             type: "resume";
             /** Id */
             id: string;
+        };
+        /**
+         * StackFrame
+         * @description One frame of a stack, not named yet: ``hosts/{host}:symbolize`` does that.
+         */
+        "StackFrame-Input": {
+            /**
+             * Path
+             * @description Of the file that its code is in, in the mount namespace of a process that maps it; ``[vdso]``; ``[anon]`` for code
+             *     without a file; empty where it is not known.
+             */
+            path: string;
+            /**
+             * Build Id
+             * @default
+             */
+            build_id: string;
+            /**
+             * File
+             * @description ``dev inode`` as /proc/PID/maps prints them.
+             * @default
+             */
+            file: string;
+            /**
+             * Offset
+             * @description In the file: of the instruction in the innermost frame and where a signal interrupted, else of a call's last byte.
+             */
+            offset: number;
+        };
+        /**
+         * StackFrame
+         * @description One frame of a stack, not named yet: ``hosts/{host}:symbolize`` does that.
+         */
+        "StackFrame-Output": {
+            /**
+             * Path
+             * @description Of the file that its code is in, in the mount namespace of a process that maps it; ``[vdso]``; ``[anon]`` for code
+             *     without a file; empty where it is not known.
+             */
+            path: string;
+            /**
+             * Build Id
+             * @default
+             */
+            build_id: string;
+            /**
+             * File
+             * @description ``dev inode`` as /proc/PID/maps prints them.
+             * @default
+             */
+            file: string;
+            /**
+             * Offset
+             * @description In the file: of the instruction in the innermost frame and where a signal interrupted, else of a call's last byte.
+             */
+            offset: number;
         };
         /**
          * Status
@@ -1831,6 +1923,14 @@ export interface components {
              * @description One per host that was asked; with ``error`` where it could not answer.
              */
             items: components["schemas"]["SymbolPage"][];
+        };
+        /**
+         * Symbolize
+         * @description A question for the names of frames.
+         */
+        Symbolize: {
+            /** Frames */
+            frames: components["schemas"]["StackFrame-Input"][];
         };
         /**
          * Target
@@ -2296,6 +2396,86 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ModuleList"];
+                };
+            };
+            /** @description Unauthorized */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Not Found */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Conflict */
+            409: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Unprocessable Entity */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Bad Gateway */
+            502: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+            /** @description Service Unavailable */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    symbolize: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                host: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Symbolize"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FrameNames"];
                 };
             };
             /** @description Unauthorized */

@@ -19,7 +19,7 @@ export class CodecError extends Error {
   override name = "CodecError";
 }
 
-type ColumnType = "u64" | "u32" | "str" | "u8" | "i64" | "f64" | "bool" | "bytes";
+type ColumnType = "u64" | "u32" | "str" | "u8" | "i64" | "f64" | "bool" | "bytes" | "stack";
 type ColumnData = BigUint64Array | BigInt64Array | Float64Array | Uint32Array | Uint8Array;
 const EIGHT_BYTES: readonly ColumnType[] = ["u64", "i64", "f64"];
 const ONE_BYTE: readonly ColumnType[] = ["u8", "bool"];
@@ -81,6 +81,7 @@ export class HitBatch {
     private readonly sites: Uint32Array,
     private readonly captured: readonly CapturedColumn[],
     private readonly strings: readonly Uint8Array[],
+    private readonly files: Readonly<Record<number, string>>,
   ) {}
 
   get count(): number {
@@ -116,6 +117,8 @@ export class HitBatch {
     switch (type) {
       case "str":
         return decodeText(this.strings[Number(raw)] ?? new Uint8Array());
+      case "stack":
+        return stackText(this.strings[Number(raw)] ?? new Uint8Array(), this.files);
       case "bytes":
         return hexOf(this.strings[Number(raw)] ?? new Uint8Array());
       case "bool":
@@ -192,7 +195,28 @@ export function decodeBatch(frame: ArrayBuffer, at = STREAM_PREFIX_BYTES): HitBa
     columns.get("site")!.data as Uint32Array,
     captured,
     strings,
+    Object.fromEntries(
+      entries(raw["files"]).map(([number, file]) => [number, text(Object.fromEntries(entries(file))["path"])]),
+    ),
   );
+}
+
+/** Order of `End` in trapline/protocol/stacks.py. */
+const STACK_ENDS = ["complete", "limit", "no-unwind-info", "no-table-yet", "fault", "bad-pc", "loop", "unsupported"];
+
+/** A packed stack (trapline/protocol/stacks.py) on one line, innermost frame first; files are by number. */
+export function stackText(packed: Uint8Array, files: Readonly<Record<number, string>>): string {
+  if (packed.length === 0 || packed.length % 8 !== 0) return "[malformed]";
+  const words = new DataView(packed.buffer, packed.byteOffset, packed.byteLength);
+  const names: string[] = [];
+  for (let at = 8; at < packed.length; at += 8) {
+    const file = (files[words.getUint32(at + 4, true)] ?? "").split("/").at(-1);
+    const offset = `0x${words.getUint32(at, true).toString(16)}`;
+    names.push(file ? `${file}+${offset}` : offset);
+  }
+  const end = words.getUint8(0);
+  if (end > 1) names.push(`[${STACK_ENDS[end] ?? end}]`);
+  return names.join(" <- ");
 }
 
 function readHeader(bytes: Uint8Array): Record<string, unknown> {
@@ -229,6 +253,7 @@ function layOver(frame: ArrayBuffer, offset: number, count: number, type: Column
     case "u32":
     case "str":
     case "bytes":
+    case "stack":
       return new Uint32Array(frame, offset, count);
     case "u8":
     case "bool":
