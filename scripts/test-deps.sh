@@ -19,8 +19,9 @@ want musl-gcc musl-tools
 want redis-server redis-server redis-tools
 want ip iproute2
 command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || missing="$missing chromium"
-[ -d /usr/lib/debug/.build-id ] || missing="$missing libc6-dbg"
-command -v python3.11-dbg >/dev/null 2>&1 || missing="$missing python3-dbg"
+for package in libc6-dbg python3-dbg; do
+    [ -e "/usr/share/doc/$package" ] || missing="$missing $package"
+done
 ldconfig -p | grep -q 'libdw\.so\.1' || missing="$missing libdw1"
 [ -e /usr/include/stdio.h ] || case "$missing" in *libc6-dev*) ;; *) missing="$missing libc6-dev" ;; esac
 [ -n "$missing" ] || exit 0

@@ -130,7 +130,7 @@ class Agent:
             self._settings.host_name,
             self._self_pids,
             tracer.ready.pid,
-            debug=DebugFiles(self._settings.state_dir).of,
+            debug=DebugFiles(self._settings.state_dir, self._settings.debuginfod_urls.split()).of,
             redact=redaction(self._settings.redact),
         )
         await self._tasks.__aenter__()

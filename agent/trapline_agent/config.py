@@ -63,6 +63,9 @@ class AgentSettings(BaseSettings):
     """Seconds between two looks for further files that a probe's basename stands for."""
     reconnect_max_s: float = Field(default=15.0, gt=0)
     """The longest pause between two attempts to reach the service."""
+    debuginfod_urls: str = Field(default_factory=lambda: os.environ.get("DEBUGINFOD_URLS", ""))
+    """URLs of debuginfod servers, separated by spaces, that are asked for debug information which this host lacks; what they
+    send is kept in the state directory."""
     redact: list[str] = Field(default_factory=list)
     """Names that are never captured, as a JSON list of patterns: `["*password*", "struct secret"]`. What a parameter, a
     variable, a field, a column or a type is called is compared, without regard to case; such a value is `redacted`."""

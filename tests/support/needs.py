@@ -18,6 +18,7 @@ import functools
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -105,9 +106,34 @@ def rustc() -> str:
     return _runs("rustc", "--version")
 
 
+@_need("rustc-dwarf5", "install a rustc of release 1.88 or later")
+def rustc_dwarf5() -> str:
+    return _runs("rustc", "-Cdwarf-version=5", "--print", "sysroot")
+
+
 @_need("dwz", "apt-get install dwz")
 def dwz() -> str:
     return _runs("dwz", "--version")
+
+
+@_need("libc6-dbg", "apt-get install libc6-dbg")
+def libc6_dbg() -> str:
+    return _debug_file("/lib/x86_64-linux-gnu/libc.so.6")
+
+
+@_need("python3-dbg", "apt-get install python3-dbg")
+def python3_dbg() -> str:
+    return _debug_file(SYSTEM_PYTHON)
+
+
+def _debug_file(path: str) -> str:
+    """Whether Debian's debug file is there for a program."""
+    if not os.path.exists(path):
+        return f"there is no {path}"
+    notes = subprocess.run(["readelf", "-n", path], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Build ID: (\w\w)(\w+)", notes)
+    debug = f"/usr/lib/debug/.build-id/{found[1]}/{found[2]}.debug" if found else ""
+    return "" if debug and os.path.exists(debug) else f"no {debug or 'build-id'} for {path}"
 
 
 @_need("libdw", "apt-get install libdw1")
@@ -132,20 +158,6 @@ def mounts() -> str:
 @_need("gdb", "apt-get install gdb")
 def gdb() -> str:
     return _runs("gdb", "--nx", "--batch", "-ex", "print 1")
-
-
-@_need("libc-debug", "apt-get install libc6-dbg")
-def libc_debug() -> str:
-    return (
-        ""
-        if any(Path("/usr/lib/debug/.build-id").glob("*/*.debug"))
-        else "there is nothing in /usr/lib/debug/.build-id"
-    )
-
-
-@_need("python-debug", "apt-get install python3-dbg")
-def python_debug() -> str:
-    return _runs("/usr/bin/python3.11-dbg", "-c", "")
 
 
 @_need("strace", "apt-get install strace")

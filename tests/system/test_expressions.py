@@ -130,7 +130,7 @@ def _ours(expression: str) -> str:
 
 
 @needs.ptrace_any
-@needs.libc_debug
+@needs.libc6_dbg
 def test_the_arguments_of_fopen_by_name(tmp_path: Path) -> None:
     (probe,) = [text for text in REAL if "fopen" in text]
     code = "import ctypes; l = ctypes.CDLL(None); [l.fopen(b'/nonexistent/%d' % i, b'rb') for i in range(5)]"
@@ -140,7 +140,7 @@ def test_the_arguments_of_fopen_by_name(tmp_path: Path) -> None:
 
 
 @needs.ptrace_any
-@needs.python_debug
+@needs.python3_dbg
 def test_the_functions_that_python_enters_by_their_own_names(tmp_path: Path) -> None:
     script = tmp_path / "names.py"
     script.write_text(PYTHON)

@@ -236,7 +236,7 @@ class Session:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
                 try:
-                    debug = DebugFiles(state_dir()).of
+                    debug = DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of
                     await self._trace(Resolver(self._host, self._host, [os.getpid()], tracer.ready.pid, debug=debug))
                 finally:
                     await self._keeper.stop()

@@ -86,6 +86,9 @@ class DebugFiles:
                 return None, tried
             made = FileDebugInfo(self, elf, os.dup(fd), found, self._indexes)
         with self._lock:
+            if (known := self._files.get(stamp)) is not None:  # of another thread, meanwhile
+                made.close()
+                return known, tried
             self._files[stamp] = made
             dropped = [self._files.popitem(last=False)[1] for _ in range(len(self._files) - _MAX_FILES)]
         for old in dropped:
@@ -119,6 +122,8 @@ class FileDebugInfo:
         self._reader = RemoteReader(self.where, program, found.debug, found.alternate)
         self._index = _index_path(indexes, elf.build_id(), program if found.debug is None else found.debug)
         self._answers: OrderedDict[m.Request, Any] = OrderedDict()
+        self._unusable: NoDebugInfo | None = None
+        """What the reader said when it opened the file: it says so again."""
         self._lock = threading.Lock()
 
     # --- DebugInfo
@@ -163,7 +168,7 @@ class FileDebugInfo:
         return self._reader.pid
 
     def stop(self) -> None:
-        """Ends the process until it is needed again."""
+        """Ends the process until it is needed again, but not while it is asked."""
         self._reader.stop()
 
     def close(self) -> None:
@@ -186,7 +191,13 @@ class FileDebugInfo:
 
     def _start(self) -> None:
         kept = _read(self._index)
-        made = self._reader.start(m.Open(self._segments, kept), self._owner.deadline_s)
+        if self._unusable is not None:
+            raise self._unusable
+        try:
+            made = self._reader.start(m.Open(self._segments, kept), self._owner.deadline_s)
+        except NoDebugInfo as e:
+            self._unusable = e
+            raise
         if made is not None and self._index is not None:
             _write(self._index, made)
         self._owner.started(self)

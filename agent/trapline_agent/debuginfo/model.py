@@ -34,7 +34,11 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Type(msgspec.Struct, frozen=True):
-    """A type; typedefs and qualifiers lead to what they stand for, ``alias`` says how it was called there."""
+    """A type; typedefs and qualifiers lead to what they stand for, ``alias`` says how it was called there.
+
+    ``variant`` is a Rust enum with content: ``members`` has ``(discriminant)``, where there is one, and then the content of
+    each variant by its name, all in the same bytes; ``enumerators`` has (variant, value of the discriminant), but not the
+    variant that all other values mean."""
 
     kind: Literal[
         "base",
@@ -81,7 +85,7 @@ class Location(msgspec.Struct, frozen=True):
     pieces: tuple[tuple[Location, int], ...] = ()
     """(where, bytes), in the order of the value's bytes."""
     reason: str = ""
-    """Of ``unsupported``: what is asked that cannot be done; of ``optimised-out`` whether more can be said."""
+    """Of ``unsupported``: what is asked that cannot be done. Of ``optimised-out``: why, where that is known."""
 
 
 class Variable(msgspec.Struct, frozen=True):
@@ -123,7 +127,9 @@ class Scope(msgspec.Struct, frozen=True):
     """Of the place itself."""
     entry: bool = False
     """It is the first instruction of a function, where arguments are as the ABI passes them, whatever the debug information
-    says (compilers describe them behind the prologue)."""
+    says (compilers describe them behind the prologue). Only a place in memory is wrong there, at -O0: a register, a value
+    and what is optimised out come from lists that hold for this very address; nothing else is right in the copies that GCC
+    makes for some callers (``.constprop``, ``.isra``, ``.part``), whose arguments the ABI does not know."""
 
 
 class LinePlace(msgspec.Struct, frozen=True):

@@ -508,7 +508,7 @@ class Reader:
         self._need()
         if not name:
             return
-        wanted = name.encode() + b"\0"
+        wanted = name.encode()
         yield from self._around(self._main, self._places_of(self._main, self._main, wanted))
         if self._other is not None:
             yield from self._around(self._main, self._references(self._main, self._other, wanted))
@@ -516,14 +516,15 @@ class Reader:
 
     def _places_of(self, file: _File, strings: _File, wanted: bytes) -> list[int]:
         """Returns where .debug_info has a string itself, or its offset in .debug_str."""
-        return sorted({*file.section("info").find(wanted), *self._references(file, strings, wanted)})
+        return sorted({*file.section("info").find(wanted + b"\0"), *self._references(file, strings, wanted)})
 
     def _references(self, file: _File, strings: _File, wanted: bytes) -> Iterator[int]:
         text = strings.section("str")
-        found = list(text.find(wanted))
+        found = list(text.find(wanted + b"\0"))
         # The linker keeps one copy of a string: by itself, or else as the end of one of those that end in it.
         alone = [at for at in found if at == 0 or text.bytes(at - 1, 1) == b"\0"]
-        offsets = alone or found
+        generic = [at + 1 for at in text.find(b"\0" + wanted + b"<")]  # ``swap<int>`` is called swap too
+        offsets = sorted({*(alone or found), *generic})
         if not offsets:
             return
         yield from find_words(file.section("info"), offsets)
@@ -686,7 +687,7 @@ class _Frame:
         try:
             steps = attribute.expression_at(self._pc) if self._function is not None else attribute.expression()
         except NoDebugInfo as e:
-            return Location("unsupported", reason=f"a malformed location: {e.detail}")
+            return Location("unsupported", reason=f"a location that libdw does not read: {e.detail}")
         if steps is None:
             return expressions.OPTIMISED_OUT
         outer, self._attribute = self._attribute, attribute
@@ -796,7 +797,20 @@ def _last(name: str) -> str:
 
 
 def _is_called(asked: str, qualified: str, linkage: str) -> bool:
-    return asked in (qualified, linkage) or qualified.endswith("::" + asked)
+    return any(asked in (name, linkage) or name.endswith("::" + asked) for name in (qualified, _plain(qualified)))
+
+
+def _plain(name: str) -> str:
+    """Returns a C++ or Rust name without its template arguments."""
+    if "operator" in name:
+        return name
+    depth, kept = 0, []
+    for letter in name:
+        depth += letter == "<"
+        if not depth:
+            kept.append(letter)
+        depth -= letter == ">" and depth > 0
+    return "".join(kept)
 
 
 def _near_files(name: str, index: Index) -> list[str]:

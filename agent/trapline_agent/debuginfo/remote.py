@@ -68,7 +68,11 @@ class RemoteReader:
                         reason="DebugInfoUnreadable",
                     ) from e
             self._stream = ours
-            return self._ask(request, bytes | None, deadline_s)  # type: ignore[arg-type]
+            try:
+                return self._ask(request, bytes | None, deadline_s)  # type: ignore[arg-type]
+            except TraplineError:
+                self._end()
+                raise
 
     @property
     def running(self) -> bool:
@@ -146,9 +150,12 @@ class RemoteReader:
             self._process = None
 
     def stop(self) -> None:
-        """Ends the process; the next request starts another."""
-        with self._lock:
-            self._end()
+        """Ends the process, but not while it is asked; the next request starts another."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Ends the process for good, and closes the descriptors."""

@@ -54,9 +54,9 @@ def marks(language: str) -> list[str]:
     return re.findall(r"HERE ([\w-]+)", (SOURCES / COMPILERS[language][0]).read_text().split("\n", 3)[3])
 
 
-def ask_gdb(program: Path, **job: Any) -> dict[str, Any]:
-    """Returns what gdb answers to a job (tests/support/gdb_oracle.py)."""
-    file = program.with_suffix(".job")
+def ask_gdb(program: Path, directory: Path | None = None, **job: Any) -> dict[str, Any]:
+    """Returns what gdb answers to a job (tests/support/gdb_oracle.py); written to ``directory``, or beside it."""
+    file = (directory or program.parent) / f"{program.name}.job"
     file.write_text(json.dumps(job))
     result = run(
         ["gdb", "--nx", "--batch", "-x", ORACLE, program],

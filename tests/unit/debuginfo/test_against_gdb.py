@@ -196,10 +196,14 @@ def test_types_of_c_are_gdbs(level: str, programs: Any) -> None:
 
 
 def without_base_names(t: Any) -> Any:
-    """gdb has names of its own for C++'s integers."""
+    """gdb has names of its own for integers, and for pointers to them."""
     if not isinstance(t, list):
         return t
-    return ["base", t[2]] if t[:1] == ["base"] else [without_base_names(part) for part in t]
+    if t[:1] == ["base"]:
+        return ["base", t[2]]
+    if t[:1] == ["pointer"] and not set(t[2].split()) - {"short", "long", "unsigned", "signed", "int", "char"}:
+        return t[:2]
+    return [without_base_names(part) for part in t]
 
 
 @needs.gxx
@@ -334,6 +338,30 @@ def test_rusts_enums(level: str, programs: Any) -> None:
     assert (types["small"].kind, types["small"].enumerators) == ("enum", (("One", 1), ("Two", 20)))
     assert scope.function.name == "shapes::describe"
     assert scope.function.language == "rust"
+
+
+@needs.rustc_dwarf5
+@needs.gdb
+def test_strings_and_addresses_by_index(files: DebugFiles, tmp_path: Path) -> None:
+    """DWARF 5 as LLVM writes it (DW_FORM_strx, DW_OP_addrx, DW_LLE_startx_length)."""
+    path = build(tmp_path, "rust", "O2", "-Cdwarf-version=5")
+    info = files.need(on_disk(str(path)))
+    found = info.variable("shapes::COUNTER")
+    assert found is not None
+    address = ask_gdb(path, globals=["shapes::COUNTER"])["globals"]["shapes::COUNTER"]
+    assert found.location.ops == (("load", address),)
+    places = info.line("shapes.rs", line_of("rust", "method"))
+    rows = ask_gdb(path, places=[place_for_gdb(info, elf_of(path), p.offset) for p in places])["values"]
+    compared = [n for row in rows for n, (kind, data) in row["gdb"].items() if row["ours"][n] == [kind, data]]
+    assert {"self", "scale"} <= set(compared)
+
+
+@needs.rustc
+def test_generic_functions_by_their_plain_name(programs: Any) -> None:
+    program: Program = programs("rust", "O2")
+    copies = program.info.inlined("black_box")
+    assert copies
+    assert all(p.function.startswith("core::hint::black_box<") for p in copies)
 
 
 @needs.go

@@ -139,9 +139,8 @@ def test_in_the_mount_namespace_of_who_maps_it_first(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     shutil.move(split(program), by_build_id(inside, build_id_of(program)))
     there = inside / DEBUG_DIRECTORY.lstrip("/")
-    maps = (
-        f"import mmap; m = mmap.mmap(open('{program}').fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)"
-    )
+    flags = "mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC"
+    maps = f"import mmap; f = open('{program}'); m = mmap.mmap(f.fileno(), 0, {flags})"
     code = f"{maps}; print('ready', flush=True); input()"
     script = f'mount --bind {there} {DEBUG_DIRECTORY} && exec {sys.executable} -c "{code}"'
     with Child(["unshare", "-m", "--propagation", "private", "sh", "-c", script]) as child:

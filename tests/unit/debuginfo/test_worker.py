@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import needs
-from tests.support.children import run
+from tests.support.children import Child, run
 from tests.unit.debuginfo.programs import build, line_of
-from trapline.errors import NotFound, ResolveError, TraplineError
+from trapline.errors import NoDebugInfo, NotFound, ResolveError, TraplineError
 from trapline_agent.debuginfo import worker
 from trapline_agent.debuginfo.files import DebugFiles, FileDebugInfo
 from trapline_agent.debuginfo.finder import Sections
@@ -69,6 +71,24 @@ def test_one_that_was_killed_is_replaced(program: Path, files: DebugFiles) -> No
     assert info.variable("first") is not None
     assert info.pid != first
     files.close()
+
+
+def test_it_ends_with_the_agent(program: Path) -> None:
+    """However that ends, and whatever it is doing: here it is stopped, and cannot see that its socket is closed."""
+    code = (
+        "import os, signal, sys\nfrom trapline_agent.debuginfo.files import DebugFiles\n"
+        "from trapline_agent.objects import on_disk\nfiles = DebugFiles()\ninfo = files.need(on_disk(sys.argv[1]))\n"
+        "assert info.variable('first')\nsignal.signal(signal.SIGTERM, lambda *a: os._exit(0))\n"
+        "print('ready', info.pid, flush=True)\nsys.stdin.read()\n"
+    )
+    with Child([sys.executable, "-c", code, program]) as agent:
+        pid = int(agent.ready_line.split()[1])
+        pidfd = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGSTOP)
+        agent.popen.terminate()
+        agent.wait()
+        assert select.select([pidfd], [], [], 20)[0]
+        os.close(pidfd)
 
 
 def test_one_that_hangs_is_ended_at_the_deadline(program: Path, tmp_path: Path) -> None:
@@ -140,6 +160,26 @@ def test_what_is_wrong_with_a_question_is_told(program: Path, files: DebugFiles)
         info.type(-5)
     assert info.scope(1 << 60) is None
     assert info.variable("") is None
+    files.close()
+
+
+def test_what_is_unusable_says_so_each_time(program: Path, tmp_path: Path) -> None:
+    """And no process is left of it, nor is another one started for the next question."""
+    data = bytearray(program.read_bytes())
+    low, high = _debug_range(program)
+    data[low:high] = b"\xff" * (high - low)
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(data)
+    files = DebugFiles()
+    info = files.need(on_disk(str(damaged)))
+    said = []
+    for _ in range(2):
+        with pytest.raises(NoDebugInfo) as e:
+            info.scope(0x1270)
+        said.append(str(e.value))
+        assert not info.running
+    assert said[0] == said[1]
+    assert str(damaged) in said[0]
     files.close()
 
 
