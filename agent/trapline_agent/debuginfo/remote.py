@@ -150,9 +150,12 @@ class RemoteReader:
             self._process = None
 
     def stop(self) -> None:
-        """Ends the process; the next request starts another."""
-        with self._lock:
-            self._end()
+        """Ends the process, but not while it is asked; the next request starts another."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Ends the process for good, and closes the descriptors."""
