@@ -93,7 +93,7 @@ class Bytes(Node, frozen=True, tag="bytes"):
 
 
 class Context(Node, frozen=True, tag="context"):
-    """What is known of the hit itself: ``pid tid comm exe uid cgroup cpu ts latency``."""
+    """What is known of the hit itself: ``pid tid comm exe uid cgroup container cpu ts latency``."""
 
     name: str
 
@@ -103,6 +103,12 @@ class Frames(Node, frozen=True, tag="frames"):
 
     depth: int
     skip: int = 0
+
+
+class Symbol(Node, frozen=True, tag="symbol"):
+    """Where in a file an address of code is: a packed stack of one frame, which its reader names."""
+
+    address: Value
 
 
 class Entry(Node, frozen=True, tag="entry"):
@@ -120,14 +126,29 @@ class Names(Node, frozen=True, tag="names"):
 
 class Op(Node, frozen=True, tag="op"):
     """An operation of ``trapline.tree.Operation``, or ``len startswith endswith matches`` (a text and a pattern of re2),
-    ``address`` (modulo 2**64)."""
+    ``address`` (modulo 2**64),
+    ``ip`` (the text of 4 or 16 bytes, or of 32 bits), ``sockaddr`` (the text of the address in one)."""
 
     op: str
     of: tuple[Value, ...]
 
 
 Value = (
-    Const | Missing | Register | Xmm | Here | Load | Bits | Text | Bytes | Context | Frames | Entry | Names | Op
+    Const
+    | Missing
+    | Register
+    | Xmm
+    | Here
+    | Load
+    | Bits
+    | Text
+    | Bytes
+    | Context
+    | Frames
+    | Symbol
+    | Entry
+    | Names
+    | Op
 )  # a further kind of fetch is added here, and in capture.evaluate
 
 

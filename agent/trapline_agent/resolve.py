@@ -37,7 +37,9 @@ from trapline.model import (
 )
 from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.stepping import plan_step
+from trapline_agent.capture import errno
 from trapline_agent.capture.compiler import Site
+from trapline_agent.capture.places import Memory
 from trapline_agent.capture.program import (
     columns_of,
     compiled,
@@ -479,6 +481,8 @@ class Resolver:
         if scope is not None:
             constants |= {"file": scope.file or scope.function.file, "line": scope.line or scope.function.line}
             constants["func"] = scope.function.name or symbol
+        asks_errno = any("errno" in text for text in (*(c.text for c in columns), spec.condition))
+        vaddr = place.offset + (segment.vaddr - segment.offset if segment else 0)
         is_go = place.go or (index.is_go and "." in symbol)
         try:
             fetches, program = compiled(
@@ -489,12 +493,13 @@ class Resolver:
                     kind=spec.kind,
                     entry=scope.entry if scope is not None else place.symbol is not None and not place.symbol_offset,
                     go=is_go and not place.symbol_offset,
-                    vaddr=place.offset + (segment.vaddr - segment.offset if segment else 0),
+                    vaddr=vaddr,
                     symbol=symbol,
                     scope=scope,
                     debug=debug,
                     constants=constants,
                     arguments=usdt_arguments(place.usdt) if place.usdt else None,
+                    errno=self._errno(file, index, vaddr, spec.kind) if asks_errno else None,
                     words=words,
                     redact=self._redact or (lambda names: False),
                 ),
@@ -517,6 +522,17 @@ class Resolver:
         if both != fetches and _is_plain(fetches):
             program = program or explicit(fetches)
         return both, program
+
+    def _errno(self, file: FoundFile, index: SymbolIndex, probed: int, kind: ProbeKind) -> Memory | None:
+        """Returns where errno is, in the file that has it: the C library, or a program that is linked with it."""
+        symbol = next(iter(index.find("__errno_location")), None)
+        segment = index.segment_at(symbol.offset) if symbol is not None else None
+        if symbol is None or segment is None:
+            return None
+        with file.open() as fd:
+            code = read(fd, index, symbol.offset, errno.CODE_BYTES)
+        at = symbol.offset - segment.offset + segment.vaddr
+        return errno.errno_place(code, at, probed, at_return=kind is ProbeKind.RETURN)
 
     # --- processes
 

@@ -50,6 +50,7 @@ ORACLE = {
         *("order->previous->id", "first.id", "attempt * 7 - 3"),
     ),
     "pay": ("total.amount", "total.currency", "(int)sign"),
+    "deliver": ("delivered", "distance", "by.s_addr"),
     "weigh": ("kilos", "a", "b", "c", "d", "e", "f", "g"),
 }
 
@@ -140,6 +141,32 @@ def test_the_arguments_of_fopen_by_name(tmp_path: Path) -> None:
 
 
 @needs.ptrace_any
+@needs.gcc
+@pytest.mark.parametrize("link", ["-dynamic", "-static"])
+def test_errno_is_what_the_program_says(targets: Targets, tmp_path: Path, link: str) -> None:
+    """Of the C library's own file, and of a program that it is linked into."""
+    (probe,) = [text for text in REAL if "access" in text]
+    program = targets.build("errnos", "-O1", link)
+    if link == "-static":
+        probe = probe.replace("libc.so.6", str(program))
+    out = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    said = [line.split() for line in out.splitlines()]
+    (hits,) = _traced(tmp_path, [probe], [str(program)]).values()
+    ours = [[h.args["path"], str(h.args["result"]), str(h.args["errno"])] for h in hits]
+    assert [row for row in ours if row[0] in {path for path, *_ in said}] == said
+    assert {number for _, _, number in said} >= {"2", "20", "36", "77"}
+
+
+@needs.gcc
+def test_errno_is_refused_where_it_is_not_known(targets: Targets) -> None:
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of)
+    answer = resolver.resolve_dry(parse_probe(f"{targets.build('orders', '-O2')}:handle {{errno}}"))
+    (refused,) = [site.refused for site in answer.sites if site.refused]
+    assert refused["reason"] == "NoErrno"
+    assert refused["text"][refused["position"] :] == "errno}"
+
+
+@needs.ptrace_any
 @needs.python3_dbg
 def test_the_functions_that_python_enters_by_their_own_names(tmp_path: Path) -> None:
     script = tmp_path / "names.py"
@@ -178,7 +205,18 @@ LANGUAGES = {
             },
         ),
         "_ZN4shop5greet": ("{name, loud, much}", {"name": "bob", "loud": True, "much": 1.5}),
-        "_ZN4shop5count": ("{n, id=basket._M_t._M_t._M_head_impl.id}", {"n": -2, "id": 5}),
+        "_ZN4shop5count": (
+            "{n, id=basket._M_t._M_t._M_head_impl.id, basket.id, basket.owner, there=basket != 0}",
+            {"n": -2, "id": 5, "basket.id": 5, "basket.owner": "", "there": True},
+        ),
+        "_ZN4shop5stock": (
+            "{n=len(tags), tags[1].text, tags[1].weight, beyond=tags[2].text, before=tags[n - 3].weight, shared.id, none.id,"
+            " words[0], m=len(words), len(numbers), s=u64(shared) == this_one}",
+            {
+                "n": 2, "tags[1].text": "heavy", "tags[1].weight": 900, "beyond": None, "before": None, "shared.id": 5,
+                "none.id": None, "words[0]": "first", "m": 1, "len(numbers)": 0, "s": False,
+            },
+        ),
         "ur:_ZN4shop5greet": ("{retval}", {"retval": "hello bob!"}),
     },
     "rust": {
@@ -192,6 +230,22 @@ LANGUAGES = {
         "paint": (
             "{colour, shade, n=len(numbers), numbers[1]}", {"colour": "Green", "shade": 0.25, "n": 3, "numbers[1]": 20},
         ),
+        "hold": (
+            "{a[0], b[0], c[0], d[0], a.Move.y, b.Move.y, c.Write.__0, d.Write.__0, d.Numbers.__1, some.age, some.name,"
+            " none.age}",
+            {
+                "a[0]": "Move", "b[0]": "Quit", "c[0]": "Write", "d[0]": "Numbers", "a.Move.y": -2, "b.Move.y": None,
+                "c.Write.__0": "a note", "d.Write.__0": None, "d.Numbers.__1": 600, "some.age": 30, "some.name": "alice",
+                "none.age": None,
+            },
+        ),
+        "keep": (
+            "{n=len(ages), ages[1], beyond=ages[3], boxed.age, boxed.name, few[0], little[0], times}",
+            {
+                "n": 3, "ages[1]": 31, "beyond": None, "boxed.age": 31, "boxed.name": "carol", "few[0]": 7,
+                "little[0]": None, "times": -9,
+            },
+        ),
         "ur:paint": ("{retval}", {"retval": -10}),
     },
     "go": {
@@ -200,6 +254,13 @@ LANGUAGES = {
             {
                 "name": "bob", "u.Name": "alice", "u.Age": 30, "u.At.N": -4, "u.Next.Name": "carol", "times": -2,
                 "rate": 0.25, "loud": True,
+            },
+        ),
+        "main.find": (
+            "{n=len(ages), len(none), key, len(users), users[1].Name, beyond=users[2].Name, len(name)}",
+            {
+                "n": 3, "len(none)": None, "key": "bob", "len(users)": 2, "users[1].Name": "carol", "beyond": None,
+                "len(name)": 4,
             },
         ),
         "main.total": ("{numbers[1], n=len(numbers), p.X, p.N}", {"numbers[1]": 20, "n": 3, "p.X": 2.5, "p.N": -7}),

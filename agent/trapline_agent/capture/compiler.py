@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -33,6 +34,7 @@ from trapline_agent.capture.typed import (
     of_word,
     redacted,
     shown,
+    smart,
     text,
 )
 from trapline_agent.capture.typed import field as field_of
@@ -50,21 +52,23 @@ from trapline_agent.plans import (
     Names,
     Op,
     Register,
+    Symbol,
     Text,
     Value,
     Xmm,
 )
 
 _T = TypeVar("_T")
-_AT_HIT = ("pid", "tid", "comm", "exe", "uid", "cgroup", "cpu", "ts")
-_TEXTS = ("comm", "exe", "cgroup")
+_AT_HIT = ("pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts")
+_TEXTS = ("comm", "exe", "cgroup", "container")
 _NOT_YET = {
-    "container": "`cgroup` has the container's id in it",
-    "errno": "capture `retval`",
     "traceparent": "capture what the program keeps it in",
 }
+_INTERNET = ("in_addr", "in6_addr")
 _ALONE = "a stack is captured whole: nothing can be computed of it"
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_INT = Type("base", "int", 4, encoding="signed")
+_SOCKADDR_IN, _SOCKADDR_IN6 = 16, 28
 _U64 = Type("base", "u64", 8)
 _CLONES = (".isra.", ".constprop.", ".part.")
 """Of symbols: gcc gave the function other parameters than it was written with (gcc, -fipa-sra, -fipa-cp)."""
@@ -90,6 +94,8 @@ class Site:
     """``host func file line buildid``, as far as they are known."""
     arguments: tuple[tuple[Type, Location], ...] | None = None
     """Of a USDT probe, as its note has them; None: a function's, by the ABI."""
+    errno: Memory | None = None
+    """Where the thread's errno is: known in the C library's own file."""
     words: bool = False
     """Texts and numbers of several functions share a column: what has no explicit type there is captured as a word."""
     redact: Callable[[Collection[str]], bool] = lambda names: False
@@ -133,6 +139,8 @@ class Compiler:
             case Call(function="ustack", arguments=arguments):
                 (depth,) = [a.value for a in arguments if isinstance(a, Constant)] or [DEFAULT_DEPTH]
                 return "stack", Frames(int(depth))
+            case Call(function="sym", arguments=(address,)):
+                return "stack", Symbol(self._address(self._operand(address)))
             case Field(of=Name(id="ctx"), name="caller"):
                 return "stack", self._caller()
             case Name(id="caller") if self._variable("caller") is None:
@@ -324,6 +332,14 @@ class Compiler:
             return Plain("str" if name in _TEXTS else "u64", Context(name))
         if name == "caller":
             raise SpecError(_ALONE, hint="capture `caller` as it is")
+        if name == "errno":
+            if self._site.errno is None:
+                raise Unsupported(
+                    f"`errno` is known in the functions of the C library, and not in {self._site.module}",
+                    hint="probe the function that sets it, at its return: `ur:libc.so.6:open {retval, errno}`",
+                    reason="NoErrno",
+                )
+            return Thing(_INT, self._site.errno)
         if name in _NOT_YET:
             raise Unsupported(
                 f"not in this release: the value `{name}`", hint=_NOT_YET[name], reason="NotInThisRelease"
@@ -371,10 +387,15 @@ class Compiler:
             return self._entered(arguments[0])
         if function == "ustack":
             raise SpecError(_ALONE, hint="capture `ustack()` as it is")
-        if function == "ip":
+        if function == "sym":
+            raise SpecError("a symbol is captured whole: nothing can be computed of it", hint="compare the address")
+        if function == "ip" and not arguments:
             return Plain("u64", Here(0))
         operands = [self._operand(a) for a in arguments]
         match function:
+            case "ip":
+                self._at = arguments[0].at
+                return Plain("str", self._internet(operands[0]))
             case "str":
                 limit = DEFAULT_STRING_BYTES
                 if len(operands) == 2 and isinstance(arguments[1], Constant):
@@ -572,6 +593,7 @@ class Compiler:
                 operand = followed(operand, self._types)
             if operand.type.kind == "array":
                 return "u64", self._address(operand)
+            operand = smart(operand, self._types) or operand
             if not is_scalar(operand.type):
                 raise SpecError(f"{described(operand.type)} is no number")
             return kind_of_number(operand.type), number(operand)
@@ -587,12 +609,43 @@ class Compiler:
 
     def _address(self, operand: Operand) -> Value:
         """Returns an address: of a pointer where it points to, of an array or a struct where it is."""
+        if isinstance(operand, Thing):
+            operand = smart(operand, self._types) or operand
         if isinstance(operand, Thing) and operand.type.kind not in ("base", "enum", "pointer", "reference"):
             place = operand.place
             if isinstance(place, Memory):
                 return place.address()
             raise SpecError(f"{described(operand.type)} is in registers there: it has no address")
         return self._integer(operand)
+
+    def _internet(self, operand: Operand) -> Value:
+        """Returns the text of an internet address: by the type, or of what has none by the family that a sockaddr has."""
+        if isinstance(operand, Thing):
+            outer = followed(operand, self._types)
+            place, size = outer.place, outer.type.size
+            if outer.type.kind == "base" and size == 4:
+                return Op("ip", (number(outer),))
+            if outer.type.name == "in_addr" and not isinstance(place, Memory):
+                return Op("ip", (place.fetch(4, "u"),))
+            if (
+                isinstance(place, Memory)
+                and (outer.type.kind == "array" or outer.type.name in _INTERNET)
+                and size in (4, 16)
+            ):
+                return Op("ip", (Bytes(place.address(), Const(size), size),))
+            if isinstance(place, Memory) and outer.type.name.startswith("sockaddr"):
+                return _sockaddr(place)
+            if operand.type.kind == "pointer" and outer.type.kind == "void":
+                return _sockaddr(Memory(number(operand)))
+            raise SpecError(
+                f"{described(outer.type)} is no internet address",
+                hint="of the 4 or 16 bytes at an address: `ip(buf(p, 4))`",
+            )
+        if operand.kind in ("str", "bytes"):
+            return Op("ip", (operand.value,))
+        if isinstance(operand.value, Load) and operand.value.size == 4:
+            return Op("ip", (operand.value,))
+        return _sockaddr(Memory(*split(self._integer(operand))))
 
     def _text(self, operand: Operand, limit: int, *, says: bool = False) -> Value:
         if isinstance(operand, Plain):
@@ -618,7 +671,7 @@ class Compiler:
                 return operand.value
             zero: bool | int | float | bytes = b"" if operand.kind in ("str", "bytes") else 0
             return Op("ne", (operand.value, Const(zero)))
-        if is_scalar(operand.type):
+        if is_scalar(operand.type) or smart(operand, self._types) is not None:
             kind, value = self._number(operand)
             return value if kind == "bool" else Op("ne", (value, Const(0)))
         return Op("ne", (self._text(operand, 1), Const(b"")))
@@ -634,6 +687,13 @@ def unified(one: str, other: str) -> str | None:
     if kinds <= set(_NUMBERS):
         return "f64"
     return None
+
+
+def _sockaddr(place: Memory) -> Value:
+    """Returns the text of the address in a sockaddr: the family says how much of it there is (ip(7), ipv6(7))."""
+    is_v4 = Op("eq", (place.fetch(2, "u"), Const(socket.AF_INET)))
+    size = Op("if", (is_v4, Const(_SOCKADDR_IN), Const(_SOCKADDR_IN6)))
+    return Op("sockaddr", (Bytes(place.address(), size, _SOCKADDR_IN6),))
 
 
 def _constant(value: bool | int | float | bytes) -> Plain:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import socket
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from trapline.protocol.hits import ValueStatus
 from trapline.protocol.stacks import MAX_DEPTH as MAX_FRAMES
 from trapline.protocol.stacks import End
 from trapline_agent.arch.x86_64.registers import INDEX, RIP
+from trapline_agent.kernel.containers import container_of
 from trapline_agent.patterns import compile_pattern
 from trapline_agent.plans import (
     Bits,
@@ -31,6 +33,7 @@ from trapline_agent.plans import (
     Names,
     Op,
     Register,
+    Symbol,
     Text,
     Value,
     Xmm,
@@ -45,6 +48,8 @@ MAX_BYTES = 4096
 _BLOCK_BYTES = 1024
 """Fields of one struct that lie within so many bytes are read together."""
 _PROC_BYTES = 4096
+_WORD = 8
+_ONE_FRAME = int(End.LIMIT).to_bytes(_WORD, "little")
 
 Scalar = int | float | bytes
 """What a value is; a bool is an int."""
@@ -165,7 +170,7 @@ def _walk(value: Value, *, into_entry: bool = True) -> Iterator[Value]:
 def parts(value: Value) -> tuple[Value, ...]:
     """Returns what a value is computed of."""
     match value:
-        case Load(base=of) | Bits(of=of) | Text(address=of) | Entry(of=of) | Names(of=of):
+        case Load(base=of) | Bits(of=of) | Text(address=of) | Entry(of=of) | Names(of=of) | Symbol(address=of):
             return (of,)
         case Bytes(address=of, size=size):
             return of, size
@@ -190,7 +195,7 @@ class _Compiled:
             v
             for root in roots
             for v in _walk(root, into_entry=False)
-            if isinstance(v, Load | Text | Bytes | Context | Frames)
+            if isinstance(v, Load | Text | Bytes | Context | Frames | Symbol)
         ]
         count = Counter(fetches)
         self._shared = {v for v, n in count.items() if n > 1}
@@ -267,6 +272,8 @@ class _Compiled:
                 return _CONTEXT.get(name) or _raising(ValueStatus.UNSUPPORTED)
             case Frames(depth=depth, skip=skip):
                 return _frames(self._walk, depth, skip)
+            case Symbol(address=address):
+                return _symbol(self._walk, self._function(address))
             case Entry(of=of):
                 return self._at_entry(of)
             case Names(of=of, names=names):
@@ -426,6 +433,24 @@ def _frames(walk: Walk | None, depth: int, skip: int) -> Function:
     return fetch
 
 
+def _symbol(walk: Walk | None, address: Function) -> Function:
+    if walk is None:
+        return _raising(ValueStatus.UNSUPPORTED)
+
+    def fetch(hit: Hit) -> bytes:
+        words = list(hit.words)
+        words[RIP] = address(hit)
+        if not words[RIP]:
+            raise _NULL
+        # The innermost frame of a thread that stood there.
+        packed = walk(hit.pid, words, hit.memory, 1, 0)
+        if len(packed) < 2 * _WORD or not int.from_bytes(packed[_WORD : 2 * _WORD], "little") >> 32:
+            raise _FAULT
+        return _ONE_FRAME + packed[_WORD : 2 * _WORD]
+
+    return fetch
+
+
 def _proc(path: str) -> bytes:
     """Reads a file of /proc about a process that is stopped."""
     try:
@@ -459,6 +484,10 @@ def _cgroup(hit: Hit) -> bytes:
     return _proc(f"/proc/{hit.pid}/cgroup").rpartition(b"0::")[2].partition(b"\n")[0]
 
 
+def _container(hit: Hit) -> bytes:
+    return container_of(_proc(f"/proc/{hit.pid}/cgroup")).encode()
+
+
 def _cpu(hit: Hit) -> int:
     """Where the thread ran last: field 39 of proc_pid_stat(5)."""
     return int(_proc(f"/proc/{hit.pid}/task/{hit.tid}/stat").rpartition(b")")[2].split()[36])
@@ -473,11 +502,31 @@ _CONTEXT: dict[str, Function] = {
     "exe": _exe,
     "uid": _uid,
     "cgroup": _cgroup,
+    "container": _container,
     "cpu": _cpu,
 }
 CONTEXT_NAMES = frozenset(_CONTEXT)
 
 # --- operations ------------------------------------------------------------------------------------------------------
+
+_FAMILIES = {int(socket.AF_INET): slice(4, 8), int(socket.AF_INET6): slice(8, 24)}
+"""Where a sockaddr has its address: ip(7), ipv6(7)."""
+
+
+def _ip(address: bytes | int) -> bytes:
+    """The text of 4 or 16 bytes, or of a word that holds 4."""
+    if isinstance(address, int):
+        address = address.to_bytes(4, "little")
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address).encode()
+
+
+def _sockaddr(data: bytes) -> bytes:
+    """The address in a sockaddr of IPv4 or IPv6, without its port."""
+    family = int.from_bytes(data[:2], "little")
+    if family not in _FAMILIES:
+        raise ValueError
+    return _ip(data[_FAMILIES[family]])
+
 
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "neg": operator.neg,
@@ -486,6 +535,8 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "invert": operator.invert,
     "len": len,
     "address": lambda n: n & MASK,
+    "ip": _ip,
+    "sockaddr": _sockaddr,
 }
 
 

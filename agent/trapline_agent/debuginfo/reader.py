@@ -23,6 +23,7 @@ from trapline_agent.debuginfo import expressions, lineheader, names
 from trapline_agent.debuginfo.libdw import Attribute, Cfi, Die, Dwarf, Elf, Lines, Memory
 from trapline_agent.debuginfo.model import Function, LinePlace, Location, Op, Scope, Type, TypeRef, Variable
 from trapline_agent.debuginfo.types import TypeReader
+from trapline_agent.symbols.elf import ElfFile
 
 FORMAT: Final = 1
 """Of ``Index``; one of another format is made anew."""
@@ -98,6 +99,8 @@ class Reader:
         self._program = Elf(program)
         elf = self._elf = Elf(debug) if debug is not None else self._program
         self._segments = segments
+        self.thread_block = ElfFile(program, "the program").thread_block()
+        """See ``expressions.Frame``."""
         main = Dwarf(elf)
         other: _File | None = None
         if alternate is not None:
@@ -698,6 +701,9 @@ class _Frame:
         address = value.address()
         return value.unsigned() if address is None else address
 
+    def thread_block(self) -> int | None:
+        return self._reader.thread_block
+
     def implicit(self, step: expressions.Step) -> bytes:
         return self._attribute.implicit_value(step) if self._attribute is not None else b""  # type: ignore[arg-type]
 
@@ -712,6 +718,9 @@ class _NoFrame:
         return None
 
     def indexed(self, step: expressions.Step) -> None:
+        return None
+
+    def thread_block(self) -> None:
         return None
 
     def implicit(self, step: expressions.Step) -> bytes:

@@ -33,11 +33,15 @@ CHUNKS = 64
 OVERHEAD_SAMPLES = 256
 _STACK_BYTES = 512 << 10
 """Of a chunk's different stacks, which have to fit a batch's header (``hits.MAX_HEADER_BYTES``)."""
+_TEXT_BYTES = 384 << 10
+"""Of a chunk's different texts: with those of one more row, 32 of 4,096 bytes, they fit a header too."""
+_TEXT_EXTRA_BYTES = 5
+"""Of a text in msgpack, beside its own bytes; at most."""
 _SIGN = 1 << 63
 
 
 class _Chunk:
-    __slots__ = ("buffer", "count", "interned", "seq", "strings")
+    __slots__ = ("buffer", "bytes_left", "count", "interned", "seq", "strings")
 
     def __init__(self, seq: int, row_bytes: int) -> None:
         self.seq = seq
@@ -45,6 +49,12 @@ class _Chunk:
         self.buffer = bytearray(ROWS * row_bytes)
         self.strings: list[bytes] = []
         self.interned: dict[bytes, int] = {}
+        self.bytes_left = _TEXT_BYTES
+
+    def grown(self, strings: int) -> None:
+        """Takes note of the texts from index ``strings`` on, which a row has added."""
+        for text in self.strings[strings:]:
+            self.bytes_left -= len(text) + _TEXT_EXTRA_BYTES
 
 
 class HitRing:
@@ -145,11 +155,13 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks or chunk.bytes_left <= 0:
                 chunk = self._rotate()
             n = chunk.count
+            before = len(chunk.strings)
             values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings, pid)
             self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *values)
+            chunk.grown(before)
             chunk.count = n + 1
             self.hits += 1
             if n == 0:
@@ -188,9 +200,10 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
+            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks or chunk.bytes_left <= 0:
                 chunk = self._rotate()
             n = chunk.count
+            before = len(chunk.strings)
             row: list[int | float] = []
             statuses: list[int] = []
             for kind, (value, status) in zip(self._types, values, strict=True):
@@ -213,6 +226,7 @@ class HitRing:
                         status = int(ValueStatus.TRUNCATED)
                 statuses.append(status)
             self._row.pack_into(chunk.buffer, n * self._row.size, ts, pid, tid, site, *row, *statuses)
+            chunk.grown(before)
             chunk.count = n + 1
             self.hits += 1
             if n == 0:
@@ -239,14 +253,15 @@ class HitRing:
                     return
                 chunk = self._chunk
                 n = chunk.count
-                if n == ROWS or (capture is None and len(chunk.strings) >= most):
+                if n == ROWS or (capture is None and (len(chunk.strings) >= most or chunk.bytes_left <= 0)):
                     chunk = self._rotate()
                     n = 0
-                values = (
-                    capture(words)
-                    if capture is not None
-                    else evaluate(words, memory, chunk.interned, chunk.strings, pid)
-                )
+                if capture is not None:
+                    values: Sequence[int] = capture(words)
+                else:
+                    before = len(chunk.strings)
+                    values = evaluate(words, memory, chunk.interned, chunk.strings, pid)
+                    chunk.grown(before)
                 pack_into(chunk.buffer, n * size, ts, pid, tid, site, *values)
                 chunk.count = n + 1
                 self.hits += 1

@@ -168,7 +168,8 @@ def test_conditions_that_have_no_value_are_false(bench: Bench) -> None:
         ("cast(arg0, 'struct foo *')", "'struct foo *')", "no type"),
         ("arg0 if arg1 else str(arg2)", "arg0 if arg1 else str(arg2)", "the other a text"),
         ("1.5 & arg0", "1.5 & arg0", "of integers"),
-        ("errno", "errno", "not in this release"),
+        ("errno", "errno", "known in the functions of the C library"),
+        ("traceparent", "traceparent", "not in this release"),
     ],
 )
 def test_what_is_wrong_is_pointed_at(expression: str, at: str, says: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -205,3 +207,38 @@ def test_a_return_that_is_filtered_is_a_call_that_ended() -> None:
     (batch,) = drain(ring)
     rdi = WORDS[REGISTERS.index("rdi")]
     assert [h.args for h in batch.hits()] == [{"a": rdi + 1000, "t": 9}, {"a": rdi + 2000, "t": 9}]
+
+
+LONG_TEXTS = 32
+"""Columns of a row, each with a text of its own."""
+
+
+@pytest.mark.parametrize("how", ["plain", "program", "return"])
+def test_long_texts_fit_the_header_of_a_batch(tmp_path: Path, how: str) -> None:
+    """32 texts of 4,096 bytes, no two alike, in each of 100 hits: 13 MB, of which a header holds one."""
+    memory = tmp_path / "memory"
+    memory.write_bytes(random.Random(7).randbytes(1 << 19).hex().encode())
+    fd = os.open(memory, os.O_RDONLY)
+    names = list(REGISTERS)[:8]
+    fetches = [FetchPlan(f"t{i}", names[i % 8], string=True, max_bytes=4096 - i // 8) for i in range(LONG_TEXTS)]
+    texts = [Text(Register(f.register), f.max_bytes) for f in fetches]
+    if how == "program":
+        ring = HitRing([FetchPlan(f.name, type="str") for f in fetches])
+        sink = ring.sink(0, Program(tuple(texts)))
+    else:
+        ring = HitRing(fetches, returns=how == "return")
+        if how == "plain":
+            sink = ring.sink(0)
+        else:
+            calls = ring.return_sink(0)
+
+            def sink(ts: int, pid: int, tid: int, words: list[int], memory: int) -> None:
+                calls.leave(ts, pid, tid, words, memory, 1, calls.enter(words, memory))
+
+    for i in range(100):
+        sink(i + 1, 7, 8, [1 + 4096 * ((i + j) % 250) + i for j in range(27)], fd)
+    os.close(fd)
+    batches = drain(ring)  # decodes them: a header beyond MAX_HEADER_BYTES is refused
+    assert sum(b.header.count for b in batches) == ring.hits == 100
+    assert [b.header.seq for b in batches] == [sum(b.header.count for b in batches[:i]) for i in range(len(batches))]
+    assert all(len(h.args) == LONG_TEXTS and None not in h.args.values() for b in batches for h in b.hits())
