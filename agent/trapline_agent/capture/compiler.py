@@ -295,6 +295,8 @@ class Compiler:
     def _unless_hidden(self, word: Value) -> Value:
         """Returns a word, or nothing where debug information says that it is a value that must not be seen."""
         scope = self._site.scope
+        if self._site.kind is ProbeKind.RETURN and not self._entry:
+            return Missing(ValueStatus.REDACTED) if word in self._hidden_result() else word
         for variable, where in self._variables(scope) if scope is not None else ():
             known = self._types.of(variable.type)
             if self._site.redact({variable.name, known.name, known.alias} - {""}):
@@ -306,6 +308,17 @@ class Compiler:
                 if held:
                     return Missing(ValueStatus.REDACTED)
         return word
+
+    def _hidden_result(self) -> list[Value]:
+        """Returns the registers of a result that must not be seen."""
+        scope = self._site.scope
+        if scope is None or scope.function.returns is None:
+            return [Register(RESULT_REGISTER)] if self._site.redact(("retval",)) else []
+        type_ = self._types.of(scope.function.returns)
+        if not self._site.redact({"retval", type_.name, type_.alias} - {""}):
+            return []
+        place = abi.result(type_, self._type_of, scope.function.language)
+        return [] if isinstance(place, Memory) else [word for _, _, word in place.words]
 
     def _retval(self) -> Operand:
         scope = self._site.scope
@@ -337,7 +350,7 @@ class Compiler:
 
     def _register(self, name: str) -> Operand:
         if XMM.fullmatch(name):
-            return Plain("f64", Bits(Xmm(int(name.removeprefix("xmm"))), 0, 64, "f"))
+            return Plain("f64", Bits(self._unless_hidden(Xmm(int(name.removeprefix("xmm")))), 0, 64, "f"))
         if name not in REGISTERS:
             raise Unsupported(f"`reg.{name}` cannot be captured on x86-64", reason="Operand")
         return Plain("u64", self._unless_hidden(Register(name)))
@@ -429,6 +442,11 @@ class Compiler:
             operand = self._operand(tree)
         finally:
             self._entry = False
+        if _uses(operand.value if isinstance(operand, Plain) else operand.place, Context):
+            raise SpecError(
+                "what a hit knows is captured as it is: of the entry only what the program has there can be asked",
+                hint="write it without `entry(...)`",
+            )
         if isinstance(operand, Plain):
             if _uses(operand.value, Xmm):
                 raise Unsupported(
