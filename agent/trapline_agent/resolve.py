@@ -473,6 +473,8 @@ class Resolver:
                 debug = self._debug(file)
                 scope = None if debug is None else debug.scope(place.offset)
             except TraplineError as e:
+                if self._redact is not None and (columns or spec.condition):
+                    raise  # whether the policy lets these values go cannot be told
                 unread = e  # it matters only where something is called by its name
         symbol = place.symbol.name if place.symbol else ""
         constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}

@@ -295,8 +295,9 @@ class Compiler:
     def _unless_hidden(self, word: Value) -> Value:
         """Returns a word, or nothing where debug information says that it is a value that must not be seen."""
         scope = self._site.scope
-        if self._site.kind is ProbeKind.RETURN and not self._entry:
-            return Missing(ValueStatus.REDACTED) if word in self._hidden_result() else word
+        if self._site.kind is ProbeKind.RETURN and not self._entry and word in self._hidden_result():
+            return Missing(ValueStatus.REDACTED)
+        # (Also at a return: what a short function was given is often there still.)
         for variable, where in self._variables(scope) if scope is not None else ():
             known = self._types.of(variable.type)
             if self._site.redact({variable.name, known.name, known.alias} - {""}):
