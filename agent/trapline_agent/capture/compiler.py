@@ -37,7 +37,7 @@ from trapline_agent.capture.typed import (
 )
 from trapline_agent.capture.typed import field as field_of
 from trapline_agent.debuginfo.model import DebugInfo, Function, Location, Scope, Type, TypeRef, Variable
-from trapline_agent.patterns import compile_pattern
+from trapline_agent.patterns import steps
 from trapline_agent.plans import (
     Bits,
     Bytes,
@@ -105,6 +105,8 @@ class Plain:
 
 
 Operand = Plain | Thing
+_MAX_STEPS = 1 << 20
+"""Of regular expressions at a trap: about 10 ms, for the worst pattern in the worst text."""
 _NUMBERS = ("u64", "i64", "f64", "bool")
 
 
@@ -118,6 +120,8 @@ class Compiler:
         self._types = Types(site.debug, [v.type for v in variables])
         self._entry = False
         """Inside of ``entry(...)``."""
+        self._steps = 0
+        """That all regular expressions of a hit may take."""
 
     # --- what is asked for
 
@@ -415,11 +419,18 @@ class Compiler:
                 assert isinstance(pattern, Constant)
                 assert isinstance(pattern.value, bytes)
                 self._at = pattern.at
-                compile_pattern(pattern.value)
+                steps(pattern.value, 0)  # whether it is one is said first
                 self._at = arguments[0].at
-                return Plain(
-                    "bool", Op("matches", (self._text(operands[0], MAX_STRING_BYTES, says=True), Const(pattern.value)))
-                )
+                subject = self._text(operands[0], MAX_STRING_BYTES, says=True)
+                self._at = pattern.at
+                self._steps += steps(pattern.value, subject.limit if isinstance(subject, Text) else MAX_STRING_BYTES)
+                if self._steps > _MAX_STEPS:
+                    raise SpecError(
+                        "looking for this in so long a text may stop the thread for too long",
+                        hint="a shorter pattern, or less of the text: `matches(str(p, 200), ...)`",
+                        reason="Regex",
+                    )
+                return Plain("bool", Op("matches", (subject, Const(pattern.value))))
             case "cast":
                 wanted = arguments[1]
                 assert isinstance(wanted, Constant)

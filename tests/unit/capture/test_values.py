@@ -567,3 +567,23 @@ def test_types_without_end_are_told_in_bounded_time(bench: Bench) -> None:
                     _, value = Compiler(Site(kind=kind, scope=scope, debug=known)).column(text)
                     assert wrong(value) in ("", "it is too large")
                 assert time.monotonic() - began < 5
+
+
+def test_what_regular_expressions_may_take_is_bounded(bench: Bench) -> None:
+    """All of a probe together: 3,210 instructions for each of 4,096 bytes took 100 ms a hit."""
+    for text in ("matches(str(arg0, 4096), '(a?){400}b')", "matches(str(arg0, 4096), '[ab]*a[ab]{500}c')"):
+        with pytest.raises(SpecError, match="too long") as e:
+            Compiler(Site()).column(text)
+        assert e.value.text[e.value.position or 0 :].startswith("'")
+        Compiler(Site()).column(text.replace("4096", "256"))
+    many = " or ".join(["matches(str(arg0, 4096), 'a.{90}b')"] * 3)
+    with pytest.raises(SpecError, match="too long"):
+        Compiler(Site()).column(many)
+    Compiler(Site()).column(r"matches(str(arg0, 4096), '^/(etc|usr)/.*[.]conf$')")
+    Compiler(Site()).column("matches(str(arg0, 4096), '(GET|POST|PUT) /api/v[0-9]+/(users|orders)/[a-z0-9-]{36}')")
+
+
+def test_stacks_are_not_aggregated_yet() -> None:
+    for text in ("ustack()", "caller"):
+        with pytest.raises(Unsupported, match="by a stack"):
+            compiled([Capture(text=text, name=text)], "", Site(), aggregate=True)
