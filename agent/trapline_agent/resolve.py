@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,6 +113,16 @@ class Plan:
     """Every site, those that are refused too."""
     notes: list[str] = field(default_factory=list)
     """What was left out, in sentences."""
+
+    def left_out(self) -> list[str]:
+        """Returns the notes, and how many places were refused and why, most of a kind first."""
+        refused = [site.refused for site in self.resolved if site.refused]
+        if not refused:
+            return list(self.notes)
+        kinds = Counter(error.get("reason") or error["code"] for error in refused).most_common()
+        why = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        said = f"{len(refused)} of {len(self.resolved)} places are not probed: {why}; the first: {refused[0]['detail']}"
+        return [*self.notes, said]
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 

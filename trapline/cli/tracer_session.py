@@ -404,6 +404,8 @@ class Session:
         may_come = not self._options.pid or self._options.wait
         if error is not None and not (isinstance(error, NotFound) and error.reason == "NotMapped" and may_come):
             raise error
+        for sentence in run.notes:
+            note(f"{spec.text}: {sentence}")
         targets = list(run.targets.values())
         armed = sum(target.state is TargetState.ARMED for target in targets)
         refused = [target for target in targets if target.state is TargetState.REFUSED]
