@@ -123,6 +123,7 @@ class Plan:
         why = ", ".join(f"{count} {kind}" for kind, count in kinds)
         said = f"{len(refused)} of {len(self.resolved)} places are not probed: {why}; the first: {refused[0]['detail']}"
         return [*self.notes, said]
+
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 
