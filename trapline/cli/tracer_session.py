@@ -407,7 +407,7 @@ class Session:
         for sentence in run.notes:
             note(f"{spec.text}: {sentence}")
         targets = list(run.targets.values())
-        armed = sum(target.state is TargetState.ARMED for target in targets)
+        armed = len({target.pid for target in targets if target.state is TargetState.ARMED})
         refused = [target for target in targets if target.state is TargetState.REFUSED]
         if armed:
             note(f"{spec.text}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")
