@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -75,7 +76,7 @@ class Cell(msgspec.Struct, omit_defaults=True):
     def add(self, other: Cell, capacity: int = _MIN_CAPACITY) -> None:
         """Takes in what another cell of the same aggregate knows; ``capacity`` is ``capacity_of`` it."""
         self.count += other.count
-        self.sum += other.sum
+        self.sum = _plus(self.sum, other.sum)
         if other.min is not None:
             self.min = other.min if self.min is None else min(self.min, other.min)
         if other.max is not None:
@@ -160,8 +161,9 @@ def recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell,
 
     def record(cell: Cell, part: Part) -> None:
         value, status = part
-        # A truncated string is a value; one that is not there is not. Of numbers, what is none is none.
-        if status > 1 or (number and (not isinstance(value, int | float) or value != value)):
+        # A truncated string is a value; one that is not there is not. Of numbers, what is none is none; an infinite one
+        # has no place in a sum, and none in JSON.
+        if status > 1 or (number and not _is_number(value)):
             status = status if status > 1 else _UNSUPPORTED
             cell.bad[status] = cell.bad.get(status, 0) + 1
         else:
@@ -172,6 +174,18 @@ def recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell,
 
 _UNSUPPORTED = 6
 """``ValueStatus.UNSUPPORTED``."""
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plus(one: int | float, other: int | float) -> int | float:
+    """Adds; what is beyond the largest floating-point number is that."""
+    total = one + other
+    if isinstance(total, float) and math.isinf(total):
+        return math.copysign(sys.float_info.max, total)
+    return total
 
 
 def _recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell, Part], None]:
@@ -197,7 +211,7 @@ def _number(part: Part) -> int | float:
 
 
 def _sum(cell: Cell, part: Part) -> None:
-    cell.sum += _number(part)
+    cell.sum = _plus(cell.sum, _number(part))
 
 
 def _extremes(cell: Cell, part: Part) -> None:

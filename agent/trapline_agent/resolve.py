@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,6 +115,17 @@ class Plan:
     """Every site, those that are refused too."""
     notes: list[str] = field(default_factory=list)
     """What was left out, in sentences."""
+
+    def left_out(self) -> list[str]:
+        """Returns the notes, and how many places were refused and why, most of a kind first."""
+        refused = [site.refused for site in self.resolved if site.refused]
+        if not refused:
+            return list(self.notes)
+        kinds = Counter(error.get("reason") or error["code"] for error in refused).most_common()
+        why = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        said = f"{len(refused)} of {len(self.resolved)} places are not probed: {why}; the first: {refused[0]['detail']}"
+        return [*self.notes, said]
+
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 
@@ -475,6 +487,8 @@ class Resolver:
                 debug = self._debug(file)
                 scope = None if debug is None else debug.scope(place.offset)
             except TraplineError as e:
+                if self._redact is not None and (columns or spec.condition):
+                    raise  # whether the policy lets these values go cannot be told
                 unread = e  # it matters only where something is called by its name
         symbol = place.symbol.name if place.symbol else ""
         constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}

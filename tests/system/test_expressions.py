@@ -14,6 +14,7 @@ import pytest
 from tests.support import needs
 from tests.support.targets import Targets
 from trapline.cli.rows import format_hit
+from trapline.errors import TraplineError
 from trapline.model import Hit, HostResolution
 from trapline.protocol.hits import ValueStatus
 from trapline.spec import parse_probe
@@ -65,7 +66,12 @@ def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, 
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRAPLINE_STATE_DIR": str(tmp_path / "state")},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(sys.path),
+            "TRAPLINE_STATE_DIR": str(tmp_path / "state"),
+            "TRAPLINE_AGENT_REDACT": os.environ.get("TRAPLINE_AGENT_REDACT", "[]"),
+        },
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, list[Hit]] = {f"e{i}": [] for i in range(len(probes))}
@@ -400,6 +406,36 @@ def test_a_policy_hides_what_it_names(targets: Targets, tmp_path: Path) -> None:
         (site,) = plan.plans
         assert site.program is not None
         assert [_hidden(value, hidden) for value in site.program.values] == wanted, text
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_a_policy_holds_for_a_trace_too(targets: Targets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAPLINE_AGENT_REDACT", '["token", "user"]')
+    program = targets.build("orders", "-O2")
+    found = _traced(tmp_path, [f"{program}:handle {{user, x=str(arg2), attempt}}"], [str(program), "2"])
+    assert [(h.status, h.args["attempt"]) for h in found["e0"][:1]] == [({"user": "redacted", "x": "redacted"}, 1)]
+
+
+@needs.gcc
+def test_a_policy_holds_where_debug_information_cannot_be_read(targets: Targets) -> None:
+    def unreadable(file: object) -> None:
+        raise TraplineError("its reader died", reason="DebugInfoUnreadable")
+
+    program = targets.build("orders", "-O2")
+    for redact, text, refused in (
+        (redaction(["user"]), "{arg2}", True),
+        (redaction(["user"]), "if arg2 == 0", True),
+        (redaction(["user"]), "", False),
+        (None, "{arg2}", False),
+    ):
+        resolver = Resolver("h", "h", {os.getpid()}, 0, debug=unreadable, redact=redact)
+        spec = parse_probe(f"{program}:handle {text}")
+        if refused:
+            with pytest.raises(TraplineError, match="its reader died"):
+                resolver.resolve(spec)
+        else:
+            assert resolver.resolve(spec).plans
 
 
 def _hidden(value: Value, hidden: Missing) -> bool:

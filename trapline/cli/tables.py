@@ -22,9 +22,9 @@ def lines(table: AggregateTable) -> list[str]:
         return ["no hits"]
     match table.aggregate.function:
         case "hist" | "lhist":
-            out = _each(rows, lambda row: _histogram(row.buckets))
+            out = _each(rows, lambda row: _histogram(row.buckets, duration if _timed(table) else size))
         case "topk":
-            out = _each(rows, _items)
+            out = _each(rows, lambda row: _items(table, row))
         case "quantiles":
             out = _quantiles(table, rows)
         case _:
@@ -35,6 +35,27 @@ def lines(table: AggregateTable) -> list[str]:
     if table.lost:
         out.append(f"{table.lost:,} hits were lost on the way and are not in here")
     return out
+
+
+def duration(ns: AggregateValue) -> str:
+    """Returns nanoseconds as text in the unit that suits their size."""
+    if ns is None:
+        return "..."
+    number = float(ns)
+    for unit, least in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if abs(number) >= least:
+            return f"{number / least:,.1f} {unit}"
+    return f"{number:.0f} ns"
+
+
+def _timed(table: AggregateTable) -> bool:
+    """Whether what is measured is a time in nanoseconds."""
+    return table.aggregate.value == "latency"
+
+
+def _measured(table: AggregateTable, of: AggregateValue) -> str:
+    timed = _timed(table) and of is not None and table.aggregate.function != "distinct"
+    return duration(of) if timed else value(of)
 
 
 def value(of: AggregateValue) -> str:
@@ -87,11 +108,11 @@ def size(of: AggregateValue) -> str:
     return str(number)
 
 
-def _histogram(buckets: Sequence[AggregateBucket]) -> list[str]:
+def _histogram(buckets: Sequence[AggregateBucket], bound: Callable[[AggregateValue], str]) -> list[str]:
     if not buckets:
         return []
     names = [
-        f"[{size(b.low)}]" if _single(b) else f"{'(' if b.low is None else '['}{size(b.low)}, {size(b.high)})"
+        f"[{bound(b.low)}]" if _single(b) else f"{'(' if b.low is None else '['}{bound(b.low)}, {bound(b.high)})"
         for b in buckets
     ]
     most = max(b.count for b in buckets)
@@ -106,11 +127,15 @@ def _single(bucket: AggregateBucket) -> bool:
     return bucket.low is not None and bucket.high is not None and int(bucket.high) - int(bucket.low) == 1
 
 
-def _items(row: AggregateRow) -> list[str]:
+def _items(table: AggregateTable, row: AggregateRow) -> list[str]:
     if not row.items:
         return []
     long = len(f"{row.items[0].count:,}")
-    out = [f"{item.count:>{long},}  {_key_part(item.value, item.status)}" for item in row.items]
+    timed = _timed(table)
+    out = [
+        f"{item.count:>{long},}  {duration(item.value) if timed else _key_part(item.value, item.status)}"
+        for item in row.items
+    ]
     if row.error:
         out.append(f"(each may be up to {row.error:,} more)")
     return out
@@ -120,7 +145,12 @@ def _figures(table: AggregateTable, rows: Sequence[tuple[str, AggregateRow]]) ->
     function = table.aggregate.function
     figures = [] if function == "count" else [table.aggregate.text.partition(" by ")[0]]
     cells = [
-        [*_keys(table, row), f"{row.count:,}", *([value(row.value)] if figures else []), _bad(row).removeprefix(", ")]
+        [
+            *_keys(table, row),
+            f"{row.count:,}",
+            *([_measured(table, row.value)] if figures else []),
+            _bad(row).removeprefix(", "),
+        ]
         for _, row in rows
     ]
     return columns([*table.aggregate.by, "HITS", *figures, ""], cells)
@@ -133,7 +163,7 @@ def _quantiles(table: AggregateTable, rows: Sequence[tuple[str, AggregateRow]]) 
         [
             *_keys(table, row),
             f"{row.count:,}",
-            *(value(row.quantiles.get(share)) for share in shares),
+            *(_measured(table, row.quantiles.get(share)) for share in shares),
             _bad(row).removeprefix(", "),
         ]
         for _, row in rows
@@ -161,4 +191,5 @@ def columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 
 
 def _numeric(text: str) -> bool:
+    text = text.removesuffix(" ns").removesuffix(" us").removesuffix(" ms").removesuffix(" s")
     return text in ("-", "") or text.replace(",", "").replace(".", "").replace("e-", "").lstrip("-").isdigit()

@@ -38,6 +38,7 @@ from trapline.cli.console import (
     unreturned,
 )
 from trapline.cli.folded import Folded
+from trapline.cli.local import settings_from
 from trapline.cli.rows import Lines, plain
 from trapline.cli.tables import lines
 from trapline.errors import NotFound, SpecError, TraplineError
@@ -48,6 +49,8 @@ from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
 from trapline.state import state_dir
 from trapline.tables import table_of
+from trapline_agent.capture.redaction import redaction
+from trapline_agent.config import AgentSettings
 from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
@@ -256,6 +259,7 @@ class Session:
     async def run(self) -> int:
         """Traces until the end; returns the exit status."""
         options = self._options
+        host = settings_from(AgentSettings)
         loop = asyncio.get_running_loop()
         for number in ENDS:
             loop.add_signal_handler(number, self._interrupt, number)
@@ -272,7 +276,8 @@ class Session:
                         [os.getpid()],
                         tracer.ready.pid,
                         cache_directory=state_dir() / "symbols",
-                        debug=DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of,
+                        debug=DebugFiles(state_dir(), host.debuginfod_urls.split()).of,
+                        redact=redaction(host.redact),
                     )
                     await self._trace(resolver)
                 finally:
@@ -399,8 +404,10 @@ class Session:
         may_come = not self._options.pid or self._options.wait
         if error is not None and not (isinstance(error, NotFound) and error.reason == "NotMapped" and may_come):
             raise error
+        for sentence in run.notes:
+            note(f"{spec.text}: {sentence}")
         targets = list(run.targets.values())
-        armed = sum(target.state is TargetState.ARMED for target in targets)
+        armed = len({target.pid for target in targets if target.state is TargetState.ARMED})
         refused = [target for target in targets if target.state is TargetState.REFUSED]
         if armed:
             note(f"{spec.text}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")

@@ -39,7 +39,7 @@ from trapline_agent.capture.typed import (
 )
 from trapline_agent.capture.typed import field as field_of
 from trapline_agent.debuginfo.model import DebugInfo, Function, Location, Scope, Type, TypeRef, Variable
-from trapline_agent.patterns import compile_pattern
+from trapline_agent.patterns import steps
 from trapline_agent.plans import (
     Bits,
     Bytes,
@@ -111,6 +111,8 @@ class Plain:
 
 
 Operand = Plain | Thing
+_MAX_STEPS = 1 << 20
+"""Of regular expressions at a trap: about 10 ms, for the worst pattern in the worst text."""
 _NUMBERS = ("u64", "i64", "f64", "bool")
 
 
@@ -124,6 +126,8 @@ class Compiler:
         self._types = Types(site.debug, [v.type for v in variables])
         self._entry = False
         """Inside of ``entry(...)``."""
+        self._steps = 0
+        """That all regular expressions of a hit may take."""
 
     # --- what is asked for
 
@@ -303,6 +307,9 @@ class Compiler:
     def _unless_hidden(self, word: Value) -> Value:
         """Returns a word, or nothing where debug information says that it is a value that must not be seen."""
         scope = self._site.scope
+        if self._site.kind is ProbeKind.RETURN and not self._entry and word in self._hidden_result():
+            return Missing(ValueStatus.REDACTED)
+        # (Also at a return: what a short function was given is often there still.)
         for variable, where in self._variables(scope) if scope is not None else ():
             known = self._types.of(variable.type)
             if self._site.redact({variable.name, known.name, known.alias} - {""}):
@@ -314,6 +321,17 @@ class Compiler:
                 if held:
                     return Missing(ValueStatus.REDACTED)
         return word
+
+    def _hidden_result(self) -> list[Value]:
+        """Returns the registers of a result that must not be seen."""
+        scope = self._site.scope
+        if scope is None or scope.function.returns is None:
+            return [Register(RESULT_REGISTER)] if self._site.redact(("retval",)) else []
+        type_ = self._types.of(scope.function.returns)
+        if not self._site.redact({"retval", type_.name, type_.alias} - {""}):
+            return []
+        place = abi.result(type_, self._type_of, scope.function.language)
+        return [] if isinstance(place, Memory) else [word for _, _, word in place.words]
 
     def _retval(self) -> Operand:
         scope = self._site.scope
@@ -353,7 +371,7 @@ class Compiler:
 
     def _register(self, name: str) -> Operand:
         if XMM.fullmatch(name):
-            return Plain("f64", Bits(Xmm(int(name.removeprefix("xmm"))), 0, 64, "f"))
+            return Plain("f64", Bits(self._unless_hidden(Xmm(int(name.removeprefix("xmm")))), 0, 64, "f"))
         if name not in REGISTERS:
             raise Unsupported(f"`reg.{name}` cannot be captured on x86-64", reason="Operand")
         return Plain("u64", self._unless_hidden(Register(name)))
@@ -422,11 +440,18 @@ class Compiler:
                 assert isinstance(pattern, Constant)
                 assert isinstance(pattern.value, bytes)
                 self._at = pattern.at
-                compile_pattern(pattern.value)
+                steps(pattern.value, 0)  # whether it is one is said first
                 self._at = arguments[0].at
-                return Plain(
-                    "bool", Op("matches", (self._text(operands[0], MAX_STRING_BYTES, says=True), Const(pattern.value)))
-                )
+                subject = self._text(operands[0], MAX_STRING_BYTES, says=True)
+                self._at = pattern.at
+                self._steps += steps(pattern.value, subject.limit if isinstance(subject, Text) else MAX_STRING_BYTES)
+                if self._steps > _MAX_STEPS:
+                    raise SpecError(
+                        "looking for this in so long a text may stop the thread for too long",
+                        hint="a shorter pattern, or less of the text: `matches(str(p, 200), ...)`",
+                        reason="Regex",
+                    )
+                return Plain("bool", Op("matches", (subject, Const(pattern.value))))
             case "cast":
                 wanted = arguments[1]
                 assert isinstance(wanted, Constant)
@@ -450,6 +475,11 @@ class Compiler:
             operand = self._operand(tree)
         finally:
             self._entry = False
+        if _uses(operand.value if isinstance(operand, Plain) else operand.place, Context):
+            raise SpecError(
+                "what a hit knows is captured as it is: of the entry only what the program has there can be asked",
+                hint="write it without `entry(...)`",
+            )
         if isinstance(operand, Plain):
             if _uses(operand.value, Xmm):
                 raise Unsupported(

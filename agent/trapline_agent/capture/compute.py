@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trapline.protocol.hits import ValueStatus
@@ -70,7 +70,7 @@ class NoValue(Exception):
 
 
 _NULL, _FAULT = NoValue(ValueStatus.NULL), NoValue(ValueStatus.FAULT)
-_NOT_COMPUTED = (ArithmeticError, ValueError, TypeError)
+_NOT_COMPUTED = (ArithmeticError, LookupError, ValueError, TypeError)
 
 
 class Hit:
@@ -104,6 +104,7 @@ class Values:
         condition: Value | None = None,
         floats: Floats | None = None,
         walk: Walk | None = None,
+        comms: Mapping[int, str] | None = None,
     ) -> None:
         """
         Args:
@@ -111,6 +112,7 @@ class Values:
             condition: whether to.
             floats: reads floating-point registers; none: they cannot be had.
             walk: takes stacks; none: they cannot be had.
+            comms: names of processes by pid: a value that is `comm` alone is that, and costs nothing; none: the thread's.
         """
         roots = [*values] if condition is None else [*values, condition]
         self._entries = list(dict.fromkeys(e.of for root in roots for e in _walk(root) if isinstance(e, Entry)))
@@ -119,6 +121,11 @@ class Values:
         self._cells = self._at_hit.cells
         functions = self._at_hit.functions
         self._functions = functions[: len(values)]
+        if comms is not None:
+            self._functions = [
+                (lambda hit: comms.get(hit.pid, "").encode()) if value == Context("comm") else function
+                for value, function in zip(values, self._functions, strict=True)
+            ]
         self._condition = None if condition is None else functions[-1]
 
     def keep(self, words: Sequence[int], memory: int) -> Kept:

@@ -89,6 +89,14 @@ def compiled(
         captures = captures or list(_OF_A_RETURN)
     compiler = Compiler(site)
     columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
+    if aggregate and (stacks := [name for name, kind, _ in columns if kind == "stack"]):
+        raise Unsupported(
+            f"not in this release: an aggregate of or by a stack, `{stacks[0]}`",
+            hint="`trapline trace --folded '... {ustack()}'` counts stacks",
+            reason="NotInThisRelease",
+            text=stacks[0],
+            position=0,
+        )
     holds = compiler.condition(condition) if condition else None
     plain = [_plain(*column) or (_context(*column) if aggregate else None) for column in columns]
     if holds is None and all(plain):

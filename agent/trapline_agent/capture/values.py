@@ -6,6 +6,7 @@ by. As everywhere nothing here can fail; a pointer that leads nowhere is a value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from trapline.aggregates import Key, Part
@@ -61,7 +62,10 @@ def part_of(value: Scalar, status: int) -> Part:
         return None, status
     if isinstance(value, bytes):
         return (value, status) if len(value) <= _MAX_BYTES else (value[:_MAX_BYTES], int(ValueStatus.TRUNCATED))
-    if isinstance(value, float | bool) or -_SIGN <= value <= MASK:
+    if isinstance(value, float):
+        # NaN is not even equal to itself: as a key, each would have a row of its own.
+        return (value, status) if math.isfinite(value) else (None, int(ValueStatus.UNSUPPORTED))
+    if -_SIGN <= value <= MASK:
         return value, status
     return value & MASK, int(ValueStatus.TRUNCATED)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
 from trapline.aggregates import Key, Part, Table, capacity_of, recorder
 from trapline.protocol import aggregates
 from trapline_agent.capture.compute import Floats, Scalar
@@ -49,9 +51,11 @@ class AggregateStore(HitRing):
             max_hits, returns, floats, on_data, on_limit: as of a ``HitRing``.
         """
         plain = all(f.register for f in fetches)
-        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs.
+        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs. It has no rows, so
+        # that columns may be called alike, or as those that each row has.
+        own = [msgspec.structs.replace(f, name=str(i)) for i, f in enumerate(fetches)]
         super().__init__(
-            [f for f in fetches if f.entry] if plain else fetches,
+            [f for f in own if f.entry] if plain else own,
             max_hits=max_hits,
             returns=returns,
             floats=floats,
@@ -61,8 +65,6 @@ class AggregateStore(HitRing):
         self._plan = plan
         self._keys = plan.by
         self._comms = comms
-        self._named = [i for i, f in enumerate(fetches) if f.name == "comm"]
-        """Columns that are the process' name, which costs a system call unless it is known."""
         self._values = compile_values(fetches if plain and not returns else (), comms)
         self._return_values = compile_return_values(fetches if plain and returns else (), comms)
         self._record = recorder(plan.function, plan.parameters)
@@ -115,11 +117,8 @@ class AggregateStore(HitRing):
         return record
 
     def record(self, site: int, ts: int, pid: int, tid: int, values: Sequence[tuple[Scalar, int]]) -> None:
-        parts = [part_of(value, status) for value, status in values]
-        for i in self._named:
-            parts[i] = (self._comms.get(pid, "").encode(), 0)
         with self._lock:
-            self._take(tuple(parts))
+            self._take(tuple([part_of(value, status) for value, status in values]))
 
     def end(
         self, site: int, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
@@ -150,17 +149,20 @@ class AggregateStore(HitRing):
             begin_ns, self._begin_ns = self._begin_ns, time.time_ns()
             end_ns = max(begin_ns, self._begin_ns)
             drops, self._unreported = self._unreported, {}
+            seq, self._seq = self._seq, self._seq + table.count
         frames = aggregates.split(
             table.cells.items(),
             table.other,
             host=host,
             probe=probe,
             source=source,
-            seq=self._seq,
+            seq=seq,
             begin_ns=begin_ns,
             end_ns=end_ns,
             generation=generation,
             drops=drops,
         )
-        self._seq += sum(count for count, _ in frames)
         return frames
+
+    def _skip(self) -> None:
+        self._seq += 1

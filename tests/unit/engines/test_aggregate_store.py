@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from trapline.aggregates import Function, Key, Table
+from trapline.model import Aggregate
 from trapline.protocol.aggregates import Delta, decode
 from trapline.protocol.hits import ValueStatus
+from trapline.tables import table_of
 from trapline_agent.capture.values import part_of
 from trapline_agent.engines.aggregate import AggregateStore
-from trapline_agent.plans import AggregatePlan, Const, Context, FetchPlan, Op, Program, Register, Text
+from trapline_agent.plans import AggregatePlan, Bits, Const, Context, FetchPlan, Op, Program, Register, Text
 
 RDI, RSI = FetchPlan("arg0", "rdi"), FetchPlan("arg1", "rsi")
 COMM, PID = FetchPlan("comm", "comm", string=True), FetchPlan("pid", "pid")
@@ -226,3 +229,40 @@ def test_what_a_program_computes_is_a_key_and_a_value(memory: int) -> None:
     assert part_of(1 << 64, 0) == (0, ValueStatus.TRUNCATED)
     assert part_of(b"x" * 300, 0) == (b"x" * 256, ValueStatus.TRUNCATED)
     assert part_of(0, ValueStatus.FAULT) == (None, ValueStatus.FAULT)
+
+
+def test_columns_may_be_called_alike(memory: int) -> None:
+    """As those that each hit has (`by (pid, n)`), and as one another (`max(n) by (n)`); and a program's own `comm` is not
+    the process' name."""
+    rdi = Register("rdi")
+    program = Program((Context("pid"), Context("comm"), Text(Register("rsi"), 64), rdi, rdi))
+    columns = [FetchPlan(n, type=t) for n, t in (("pid", "u64"), ("comm", "str"), ("comm", "str"), ("n", "u64"))]
+    store = made("max", *columns, value=FetchPlan("n", type="u64"), comms={7: "app"})
+    store.sink(0, program)(0, 7, 7, words(rdi=3, rsi=64), memory)
+    returned = made("max", *columns, value=FetchPlan("n", type="u64"), comms={7: "app"}, returns=True)
+    sink = returned.return_sink(0, program)
+    sink.leave(0, 7, 7, words(rdi=3, rsi=64), memory, 9, sink.enter(words(), memory))
+    for one in store, returned:
+        ((found, cell),) = whole(drained(one)).cells.items()
+        assert found == key(7, "app", "hello", 3)
+        assert cell.max == 3
+
+
+@pytest.mark.parametrize("function", ["sum", "min", "max", "avg", "hist", "quantiles", "topk", "distinct"])
+def test_what_is_no_finite_number_is_told_as_such(function: Function, memory: int) -> None:
+    """Infinity and NaN have no place in a sum nor in JSON, and NaN as a key would have as many rows as hits."""
+    x = Bits(Register("rdi"), 0, 64, "f")
+    plan = AggregatePlan(function, (10,) if function == "topk" else (), by=1, max_keys=100)
+    store = AggregateStore(plan, [FetchPlan("k", type="f64"), FetchPlan("x", type="f64")], {})
+    sink = store.sink(0, Program((x, x)))
+    for value in (1.5, float("inf"), float("-inf"), float("nan"), float("nan"), 1.7e308, 1.7e308):
+        sink(0, 7, 7, words(rdi=int.from_bytes(struct.pack("<d", value), "little")), memory)
+    table = whole(drained(store))
+    assert {k[0]: (c.count, c.bad) for k, c in table.cells.items()} == {
+        (1.5, 0): (1, {}),
+        (None, ValueStatus.UNSUPPORTED): (4, {ValueStatus.UNSUPPORTED: 4}),
+        (1.7e308, 0): (2, {}),
+    }
+    aggregate = Aggregate(text="", function=function, by=["k"], value="x", parameters=list(plan.parameters))
+    assert "Infinity" not in (text := table_of(aggregate, table).model_dump_json())
+    assert "NaN" not in text
