@@ -5,6 +5,8 @@
  *   fork N | vfork N | clone N    a child that does so, and answers when it has ended
  *   thread N           a thread that does so
  *   hold | go N        forks a child that waits, and answers its pid; it goes on, as above
+ *   storm N | calm     a thread that forks N children, which wait until calm, and end; it answers left=, how many of them had
+ *                      a semaphore other than that of this process then
  *   exec               execs itself
  *   semaphore          what it is: semaphore=
  *   lift D             adds D to it, as another tool would
@@ -117,10 +119,48 @@ static void *thread_main(void *arg)
 	return NULL;
 }
 
+enum { MOST = 512 };
+static pid_t crowd[MOST];
+static int doors[2] = {-1, -1};
+
+static void *storm(void *arg)
+{
+	for (long i = 0; i < (long)arg; i++) {
+		crowd[i] = fork();
+		if (!crowd[i]) {
+			unsigned short expected;
+			close(doors[1]);
+			if (read(doors[0], &expected, sizeof expected) != sizeof expected)
+				_exit(2);
+			_exit(shop_sold_semaphore.counter != expected);
+		}
+	}
+	return NULL;
+}
+
+static int calm(long n)
+{
+	int left = 0, status = -1;
+	for (long i = 0; i < n; i++)
+		if (write(doors[1], (void *)&shop_sold_semaphore.counter, 2) != 2)
+			die("write to the crowd");
+	close(doors[0]);
+	close(doors[1]);
+	for (long i = 0; i < n; i++) {
+		if (crowd[i] < 0 || waitpid(crowd[i], &status, 0) < 0)
+			die("no child");
+		left += WIFEXITED(status) && WEXITSTATUS(status) == 1;
+		if (!WIFEXITED(status))
+			atomic_fetch_add(&shared[FAILED], 1);
+	}
+	return left;
+}
+
 int main(int argc, char **argv)
 {
 	char line[256], fd[16];
-	long n;
+	long n, many = 0;
+	pthread_t stormer;
 	pid_t held = -1;
 	int gate[2] = {-1, -1};
 	if (argc > 1)
@@ -172,6 +212,16 @@ int main(int argc, char **argv)
 			close(gate[1]);
 			reap(held);
 			say("ended");
+		} else if (sscanf(line, "storm %ld", &many) == 1 && many <= MOST) {
+			if (pipe(doors))
+				die("pipe");
+			errno = pthread_create(&stormer, NULL, storm, (void *)many);
+			if (errno)
+				die("pthread_create");
+			say("storming");
+		} else if (!strcmp(line, "calm")) {
+			pthread_join(stormer, NULL);
+			say("left=%d", calm(many));
 		} else if (!strcmp(line, "exec")) {
 			snprintf(fd, sizeof fd, "%d", counters_fd);
 			execl("/proc/self/exe", "usdt", fd, NULL);
