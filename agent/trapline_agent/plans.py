@@ -161,6 +161,19 @@ class Program(msgspec.Struct, frozen=True):
     """Hits where it is not true, or has no value, are counted as filtered."""
 
 
+SEMAPHORE_BYTES = 2
+
+
+class Semaphore(msgspec.Struct, frozen=True):
+    """The counter of a USDT probe: an unsigned word of 16 bits in the program's data, which says how many look at the probe.
+    While it is 0 the program skips it (https://sourceware.org/systemtap/wiki/UserSpaceProbeImplementation)."""
+
+    offset: int
+    """File offset of it."""
+    distance: int
+    """Bytes from the probe's instruction to it, where both are mapped."""
+
+
 class SitePlan(msgspec.Struct, frozen=True):
     """One instruction of one file, ready to be armed: nothing is left for the tracer to parse."""
 
@@ -182,6 +195,8 @@ class SitePlan(msgspec.Struct, frozen=True):
     """It is the first instruction of the C library's longjmp: calls in flight are left there."""
     program: Program | None = None
     """What is computed here, where that is more than the probe's plain fetches."""
+    semaphore: Semaphore | None = None
+    """To be raised by one in each process where the instruction is armed."""
 
 
 LATENCY = "latency"

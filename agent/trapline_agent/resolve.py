@@ -463,6 +463,7 @@ class Resolver:
                 slack_len=segment.slack_len,
                 go=place.go,
                 program=computed[1] if computed is not None else None,
+                semaphore=place.semaphore,
             )
         )
 

@@ -126,6 +126,14 @@ def python3_dbg() -> str:
     return _debug_file(SYSTEM_PYTHON)
 
 
+@_need("python-usdt", "run them on Debian or Ubuntu: apt-get install python3 binutils")
+def python_usdt() -> str:
+    notes = subprocess.run(["readelf", "-nh", SYSTEM_PYTHON], capture_output=True, text=True, check=False).stdout
+    if "Type:" not in notes or "EXEC" not in notes:
+        return f"{SYSTEM_PYTHON} is not Debian's"
+    return "" if "Name: function__entry" in notes else f"{SYSTEM_PYTHON} has no USDT probes"
+
+
 def _debug_file(path: str) -> str:
     """Whether Debian's debug file is there for a program."""
     if not os.path.exists(path):

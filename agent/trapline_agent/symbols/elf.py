@@ -47,7 +47,7 @@ _DYN = np.dtype([("tag", "<i8"), ("value", "<u8")])
 _RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS, _PT_GNU_EH_FRAME, _PF_X = 1, 2, 4, 7, 0x6474_E550, 1
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS, _PT_GNU_EH_FRAME, _PF_X, _PF_W = 1, 2, 4, 7, 0x6474_E550, 1, 2
 _DT_FLAGS_1, _DF_1_PIE = 0x6FFF_FFFB, 0x0800_0000
 """Set in programs that can be mapped anywhere, and in no library (ld(1), -pie)."""
 _SHT_SYMTAB, _SHT_NOTE, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 7, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
@@ -290,6 +290,15 @@ class ElfFile:
             return bool(self._dynamic().get(_DT_FLAGS_1, 0) & _DF_1_PIE)
         except ResolveError:
             return False
+
+    def data_offset(self, vaddr: int, size: int) -> int | None:
+        """Returns the file offset of a virtual address in data that the file itself has, ``size`` bytes of it; None where it
+        is none that a process can write, or memory that begins with zeros (.bss)."""
+        for row in self._segments[self._segments["type"] == _PT_LOAD]:
+            start, inside = int(row["vaddr"]), vaddr - int(row["vaddr"])
+            if int(row["flags"]) & _PF_W and start <= vaddr and inside + size <= int(row["filesz"]):
+                return inside + int(row["offset"])
+        return None
 
     # --- identity
 
