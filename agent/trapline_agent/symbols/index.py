@@ -408,7 +408,8 @@ class SymbolIndex:
         if not name.isidentifier():
             return []
         names = self._table.names
-        which = [i for i in names.containing(name.encode()) if names.raw(i)[:2] in (b"_Z", b"_R")][:_MAX_DEMANGLED]
+        which = [i for i in names.containing(name.encode()) if names.raw(i)[:2] in (b"_Z", b"_R")]
+        which = which[:_MAX_DEMANGLED]
         bare = demangle.demangle([names[i] for i in which], parameters=False)
         return list(dict.fromkeys(b for b in bare if b.endswith(f"::{name}")))[:count]
 
