@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ ORACLE = {
 }
 
 
-def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, list[Hit]]:
+def _traced(
+    tmp_path: Path, probes: list[str], command: list[str], environ: dict[str, str] | None = None
+) -> dict[str, list[Hit]]:
     """Traces a command with some probes, called e0, e1, ...; returns their hits."""
     out = tmp_path / "hits"
     named = [a for i, text in enumerate(probes) for a in ("-e", f"e{i}={text}")]
@@ -65,7 +68,12 @@ def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, 
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRAPLINE_STATE_DIR": str(tmp_path / "state")},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(sys.path),
+            "TRAPLINE_STATE_DIR": str(tmp_path / "state"),
+            **(environ or {}),
+        },
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, list[Hit]] = {f"e{i}": [] for i in range(len(probes))}
@@ -352,6 +360,29 @@ def test_locals_in_the_middle_of_a_function(targets: Targets, tmp_path: Path, fl
         else:
             assert first.args[f"v{i}"] == int(answer[1]), name
     assert len(found["e0"]) == 2
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_the_most_and_longest_texts_hold_a_target_up_for_a_bounded_time(targets: Targets, tmp_path: Path) -> None:
+    """32 captures of 4,096 bytes, and 32 chains of pointers into garbage, at each call: all counted, none lost."""
+    program = targets.build("orders", "-O2")
+    environ = {f"V{i}": "x" * 4000 for i in range(40)}
+    texts = ", ".join(f"c{i}=str(reg.rsp // 4096 * 4096 - {4096 * (i - 1)}, 4096)" for i in range(32))
+    garbage = "u64(" * 36 + "{}" + ")" * 36
+    chains = ", ".join(f"c{i}={garbage.format(f'reg.rsp + {8 * i}')}" for i in range(32))
+    started = time.monotonic()
+    found = _traced(
+        tmp_path,
+        [f"{program}:handle {{{texts}}}", f"{program}:name_of {{{chains}}}"],
+        [str(program), "400"],
+        environ,
+    )
+    assert time.monotonic() - started < 60
+    for hits in found.values():
+        assert [hit.seq for hit in hits] == list(range(400))
+        assert {status for hit in hits for status in hit.status.values()} <= {"truncated", "null", "fault"}
+    assert max(len(str(hit.args["c9"])) for hit in found["e0"]) >= 0
 
 
 @needs.gcc
