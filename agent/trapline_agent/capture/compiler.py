@@ -16,6 +16,7 @@ from trapline.protocol.stacks import DEFAULT_DEPTH
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree, parse
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, GO_REGISTERS, REGISTERS, RESULT_REGISTER
 from trapline_agent.capture import abi
+from trapline_agent.capture.compute import fits
 from trapline_agent.capture.places import Memory, Place, add, entered, entry, in_word, of_location, split
 from trapline_agent.capture.typed import (
     DEFAULT_STRING_BYTES,
@@ -174,6 +175,9 @@ class Compiler:
 
     def _operand(self, tree: Tree) -> Operand:
         operand = self._compiled(tree)
+        if any(not fits(v) for v in _values(operand)):
+            # (An index or a condition is needed at several places of what is made of it, and that multiplies.)
+            raise SpecError("what this would compute at each hit is too much", hint="capture parts of it")
         self._at = tree.at  # what is said of the operand from here on is said of it as a whole
         return operand
 
@@ -784,6 +788,14 @@ def _by_reference(type_: Type, variable: Variable, types: Types) -> bool:
         return True
     ops = variable.location.ops
     return variable.location.kind == "memory" and bool(ops) and ops[-1][0] == "deref"
+
+
+def _values(operand: Operand) -> list[Value]:
+    """Returns what an operand, or its place, is computed of."""
+    if isinstance(operand, Plain):
+        return [operand.value]
+    place = operand.place
+    return [place.base] if isinstance(place, Memory) else [word for _, _, word in place.words]
 
 
 def _uses(value: object, kind: type) -> bool:

@@ -618,15 +618,25 @@ def _operation(op: str, of: list[Function], trees: tuple[Value, ...]) -> Functio
 # --- what comes from elsewhere ---------------------------------------------------------------------------------------
 
 
-def wrong(value: Value, depth: int = 0) -> str:
-    """Returns why a value cannot be computed here, in a few words; an empty string where it can."""
-    nodes = 0
-    stack = [(value, 0)]
+def fits(*values: Value) -> bool:
+    """Whether the values of a program are of a size that is computed at a hit. Takes bounded time in any case."""
+    nodes, stack = 0, [(value, 0) for value in values]
     while stack:
         one, depth = stack.pop()
         nodes += 1
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            return "it is too large"
+            return False
+        stack += [(part, depth + 1) for part in parts(one)]
+    return True
+
+
+def wrong(value: Value) -> str:
+    """Returns why a value cannot be computed here, in a few words; an empty string where it can."""
+    if not fits(value):
+        return "it is too large"
+    stack = [value]
+    while stack:
+        one = stack.pop()
         match one:
             case Register(name=name) if name not in INDEX:
                 return f"no register `{name}`"
@@ -651,7 +661,7 @@ def wrong(value: Value, depth: int = 0) -> str:
                 return f"no `{name}`"
             case Op(op=op, of=of) if op not in OPERATIONS or not _fits(op, of):
                 return f"no operation `{op}` of {len(of)}"
-        stack += [(part, depth + 1) for part in parts(one)]
+        stack += parts(one)
     return ""
 
 

@@ -10,6 +10,7 @@ from trapline.expressions import ARGUMENT
 from trapline.model import Aggregate, Capture, ProbeKind, ProbeSpec
 from trapline.tree import Call, Field, Name, parse, walk
 from trapline_agent.capture.compiler import Compiler, Site, unified
+from trapline_agent.capture.compute import fits
 from trapline_agent.plans import (
     CONTEXT,
     LATENCY,
@@ -98,6 +99,9 @@ def compiled(
             position=0,
         )
     holds = compiler.condition(condition) if condition else None
+    roots = [value for _, _, value in columns] + ([] if holds is None else [holds])
+    if not fits(*roots):
+        raise SpecError("what the probe would compute at each hit is too much", hint="capture less, or in two probes")
     plain = [_plain(*column) or (_context(*column) if aggregate else None) for column in columns]
     if holds is None and all(plain):
         return [p for p in plain if p], None

@@ -28,7 +28,7 @@ from trapline.ids import new_id
 from trapline.protocol.hits import VALUE_TYPES
 from trapline.protocol.stacks import MAX_DEPTH
 from trapline_agent.arch.x86_64 import REGISTERS
-from trapline_agent.capture.compute import wrong
+from trapline_agent.capture.compute import fits, wrong
 from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
@@ -747,6 +747,8 @@ def _check_register(message: m.Register) -> None:
             raise EngineError(f"probe {message.probe} has no program for {message.sites[plan.site]}")
         if plan.program is not None:
             conditions = () if plan.program.condition is None else (plan.program.condition,)
+            if not fits(*plan.program.values, *conditions):
+                raise EngineError(f"probe {message.probe} computes too much at {message.sites[plan.site]}")
             for value in (*plan.program.values, *conditions):
                 if why := wrong(value):
                     raise EngineError(f"probe {message.probe} cannot be computed at {message.sites[plan.site]}: {why}")

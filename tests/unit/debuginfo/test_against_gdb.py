@@ -313,11 +313,35 @@ def test_a_functions_entry(programs: Any) -> None:
 
 
 @needs.gcc
-def test_a_threads_own_variable_is_refused_by_name(programs: Any) -> None:
-    found = programs("c", "O2").info.variable("per_thread")
+def test_a_threads_own_variable_is_below_the_thread_pointer(programs: Any) -> None:
+    """In a program; gdb's value of one at a stop is compared in tests/system/test_expressions.py."""
+    program: Program = programs("c", "O2")
+    found = program.info.variable("per_thread")
+    assert found is not None
+    assert found.location.kind == "memory"
+    (_, within), *rest = found.location.ops
+    assert rest[:2] == [("reg", 58), ("add", 0)]
+    segment = re.search(
+        r" TLS +0x\w+ 0x\w+ 0x\w+ 0x\w+ (0x\w+) R +(0x\w+)", run(["readelf", "-lW", program.path]).stdout
+    )
+    assert segment is not None
+    size, align = int(segment[1], 16), int(segment[2], 16)
+    assert rest[2:] == [("plus", -((size + align - 1) // align * align))]
+    assert 0 <= within < size
+
+
+@needs.gcc
+def test_a_librarys_own_variables_of_threads_are_the_loaders_to_know(tmp_path: Path, files: DebugFiles) -> None:
+    source, library = tmp_path / "own.c", tmp_path / "libown.so"
+    source.write_text("_Thread_local int per_thread = 3; int get(void) { return per_thread; }\n")
+    assert run(["gcc", "-g", "-shared", "-fPIC", source, "-o", library]).returncode == 0
+    assert elf_of(library).thread_block() is None
+    assert elf_of(Path("/proc/self/exe").resolve()).thread_block() is None  # it has none
+    info = files.need(on_disk(str(library)))
+    found = info.variable("per_thread")
     assert found is not None
     assert found.location.kind == "unsupported"
-    assert "thread" in found.location.reason
+    assert "a thread's own variable of a library" in found.location.reason
 
 
 @needs.rustc
