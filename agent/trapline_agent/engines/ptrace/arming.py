@@ -213,7 +213,7 @@ class Arming:
         if not raised:
             return
         try:
-            text = maps.read_maps(process.id.pid)
+            text = procfs.tried(lambda: maps.read_maps(process.id.pid))
         except OSError:
             text = b""
             log.warning("semaphores of process %d may stay raised: its mappings cannot be read", process.id.pid)
