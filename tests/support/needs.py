@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import mmap
 import os
 import platform
@@ -109,6 +110,11 @@ def rustc() -> str:
 @_need("rustc-dwarf5", "install a rustc of release 1.88 or later")
 def rustc_dwarf5() -> str:
     return _runs("rustc", "-Cdwarf-version=5", "--print", "sysroot")
+
+
+@_need("atheris", "pip install atheris: Python 3.11 to 3.13 on x86-64 Linux")
+def atheris() -> str:
+    return "" if importlib.util.find_spec("atheris") else "there is no atheris for this Python"
 
 
 @_need("dwz", "apt-get install dwz")

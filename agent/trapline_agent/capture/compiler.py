@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import msgspec
+
 from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Unsupported
 from trapline.expressions import ARGUMENT, AT_RETURN, CONTEXT, XMM, register_named
 from trapline.model import ProbeKind
@@ -134,7 +136,7 @@ class Compiler:
 
     def column(self, expression: str, name: str = "") -> tuple[str, Value]:
         """Returns a captured value: its column type and what computes it."""
-        kind, value = self._checked(expression, self._column)
+        kind, value = self._checked(expression, lambda tree: _sendable(*self._column(tree)))
         if name and self._site.redact((name,)):
             return kind, Missing(ValueStatus.REDACTED)
         return kind, value
@@ -158,7 +160,7 @@ class Compiler:
 
     def condition(self, expression: str) -> Value:
         """Returns a condition: a bool."""
-        return self._checked(expression, lambda tree: self._truth(self._operand(tree)))
+        return self._checked(expression, lambda tree: _sendable("bool", self._truth(self._operand(tree)))[1])
 
     def _checked(self, expression: str, compile_: Callable[[Tree], _T]) -> _T:
         self._at = 0
@@ -709,6 +711,16 @@ class Compiler:
             kind, value = self._number(operand)
             return value if kind == "bool" else Op("ne", (value, Const(0)))
         return Op("ne", (self._text(operand, 1), Const(b"")))
+
+
+def _sendable(kind: str, value: Value) -> tuple[str, Value]:
+    """Returns them, where all numbers in the value are of 64 bits."""
+    if fits(value):
+        try:
+            msgspec.msgpack.encode(value)
+        except OverflowError:
+            raise SpecError("it leads to an offset that does not fit 64 bits") from None
+    return kind, value
 
 
 def unified(one: str, other: str) -> str | None:

@@ -203,6 +203,22 @@ def test_what_multiplies_is_refused_before_it_is_made() -> None:
     assert Compiler(where).column("v[v[v[1]]]")
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "cast(arg0, 'u64 *')[18446744073709551615]",
+        "cast(arg0, 'u64 *')[-9223372036854775808]",
+        "cast(arg0, 'u64 *') + 18446744073709551615",
+    ],
+)
+def test_offsets_beyond_64_bits_are_refused(expression: str) -> None:
+    with pytest.raises(SpecError, match="64 bits") as e:
+        Compiler(Site()).column(expression)
+    assert e.value.text == expression
+    with pytest.raises(SpecError, match="64 bits"):
+        Compiler(Site()).condition(expression)
+
+
 def test_all_captures_together_are_of_a_bounded_size() -> None:
     where = site(parameter("v", 100), language="rust")
     _with_more_types(where)
