@@ -276,7 +276,7 @@ class Session:
                         [os.getpid()],
                         tracer.ready.pid,
                         cache_directory=state_dir() / "symbols",
-                        debug=DebugFiles(state_dir(), host.debuginfod_urls.split()).of,
+                        debug=DebugFiles(state_dir(), host.debuginfod_urls.split(), told=self._keeper.helper(loop)).of,
                         redact=redaction(host.redact),
                     )
                     await self._trace(resolver)

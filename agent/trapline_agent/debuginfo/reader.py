@@ -425,6 +425,8 @@ class Reader:
             die = chain[-1]
             if die.tag not in (dw.TAG_variable, dw.TAG_member) or any(d.tag in _SKIPPED for d in chain):
                 continue
+            if die.tag == dw.TAG_member and not die.flag(dw.AT_declaration):
+                continue  # a field; before DWARF 5 a class' static member is one that is declared (DWARF 4, 5.5.6)
             if names.is_called(name, self.qualified(die), die.string(dw.AT_linkage_name)):
                 named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         known: Variable | None = None

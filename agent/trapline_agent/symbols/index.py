@@ -404,7 +404,7 @@ class SymbolIndex:
         return near_names(name, list(dict.fromkeys(b for b, t in zip(bare, texts, strict=True) if b != t)), count)
 
     def _scoped(self, name: str, count: int) -> list[str]:
-        """Returns functions of that name in some namespace, as the source writes them: ``describe`` is ``shop::describe``."""
+        """Returns functions of that name in some namespace, as the source writes them: ``f`` is ``ns::f``."""
         if not name.isidentifier():
             return []
         names = self._table.names

@@ -254,6 +254,20 @@ def test_globals_are_gdbs(language: str, level: str, names: list[str], programs:
     assert program.info.variable("no_such_variable") is None
 
 
+@needs.gxx
+@pytest.mark.parametrize("version", ["-gdwarf-4", "-gdwarf-5"])
+def test_a_field_is_no_global(version: str, tmp_path: Path) -> None:
+    """Before DWARF 5 both a field and a class' static member are members."""
+    files = DebugFiles()
+    info = files.need(on_disk(str(build(tmp_path, "c++", "O2", version))))
+    for field in ("outer::Box<int>::mode", "outer::Box<int>::flag", "flag"):
+        assert info.variable(field) is None, field
+    made = info.variable("outer::Box<int>::made")
+    assert made is not None
+    assert made.location.kind == "memory"
+    files.close()
+
+
 @needs.binutils
 @pytest.mark.parametrize(
     ("language", "level", "name"),
