@@ -25,6 +25,8 @@ from trapline_agent.kernel import procfs
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets.maps import executable_mappings, parse_data, read_maps
 
+pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
+
 SEVENS = 0x0707
 
 
@@ -277,7 +279,6 @@ def path() -> Iterator[Path]:
         print((Path(directory) / "log").read_text() if (Path(directory) / "log").exists() else "")
 
 
-@needs.ptrace_any
 def test_r19_s2_the_guardian_lowers_what_the_tracer_raised(path: Path, targets: Targets) -> None:
     plans = Files().usdt(targets.build("usdt"))
     with targets.run("usdt") as child:
@@ -293,7 +294,6 @@ def test_r19_s2_the_guardian_lowers_what_the_tracer_raised(path: Path, targets: 
         assert child.count()["failed"] == 0
 
 
-@needs.ptrace_any
 def test_r19_s2_the_next_tracer_lowers_what_both_left(path: Path, targets: Targets) -> None:
     plans = Files().usdt(targets.build("usdt"))
     with targets.run("usdt") as child:

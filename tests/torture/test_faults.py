@@ -126,7 +126,7 @@ def test_r19_r5_an_errno_at_every_call_where_semaphores_are_raised_and_lowered(
             host.engine.close()
         for when, calls in (("register", arming), ("unregister", leaving)):
             for call, code, what in every(torture, calls):
-                what = f"{when}: {what}"  # noqa: PLW2901 - which of both
+                what = f"{when}: {what}"
                 with faults.at(call, code if when == "register" else 0):
                     probe = host.register(plans, probe=what, pid=child.pid)
                 armed = probe.states()["armed"]

@@ -140,7 +140,7 @@ class Arming:
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                if request.semaphore is not None:
+                if request.semaphore is not None and request.refusal is None:
                     memory.semaphores.require(request.semaphore, wanted.holds)
                 site = self.arm(process, request, no_pages)
                 if request.semaphore is not None:
