@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from msgspec import structs
+
 from trapline.aggregates import Key, Part, Table, capacity_of, recorder
 from trapline.protocol import aggregates
 from trapline_agent.capture.compute import Floats, Scalar
@@ -49,9 +51,11 @@ class AggregateStore(HitRing):
             max_hits, returns, floats, on_data, on_limit: as of a ``HitRing``.
         """
         plain = all(f.register for f in fetches)
-        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs.
+        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs. It has no rows, so
+        # columns may have the names of those that rows have anyway, or the same one.
+        kept = [structs.replace(f, name=f"{i}") for i, f in enumerate(fetches) if f.entry and plain]
         super().__init__(
-            [f for f in fetches if f.entry] if plain else fetches,
+            kept,
             max_hits=max_hits,
             returns=returns,
             floats=floats,

@@ -226,3 +226,15 @@ def test_what_a_program_computes_is_a_key_and_a_value(memory: int) -> None:
     assert part_of(1 << 64, 0) == (0, ValueStatus.TRUNCATED)
     assert part_of(b"x" * 300, 0) == (b"x" * 256, ValueStatus.TRUNCATED)
     assert part_of(0, ValueStatus.FAULT) == (None, ValueStatus.FAULT)
+
+
+def test_columns_may_be_called_as_those_that_every_hit_has(memory: int) -> None:
+    """``count() by (pid, arg0 + 1)``, ``by (entry(arg0), entry(arg0))``: there is no row that names would meet in."""
+    pid, computed = FetchPlan("pid", type="u64"), FetchPlan("arg0 + 1", type="u64")
+    store = made("count", pid, computed)
+    store.sink(0, Program((Context("pid"), Op("add", (Register("rdi"), Const(1))))))(0, 7, 8, words(rdi=4), memory)
+    assert set(whole(drained(store)).cells) == {key(7, 5)}
+    store = made("count", *[FetchPlan("entry(arg0)", "rdi", entry=True)] * 2, returns=True)
+    sink = store.return_sink(0)
+    sink.leave(0, 7, 8, words(), memory, 5, sink.enter(words(rdi=4), memory))
+    assert set(whole(drained(store)).cells) == {key(4, 4)}
