@@ -495,6 +495,8 @@ class AggregateRow(Model):
     """The values of the expressions after ``by``; null where ``key_status`` says why."""
     key_status: list[str] = Field(default_factory=list)
     """For each of them empty, or ``truncated``, ``null``, ``fault``, ..."""
+    stacks: dict[str, list[int]] = Field(default_factory=dict)
+    """Of those among them that are stacks the frames, innermost first: indices in ``AggregateTable.frames``."""
     count: int
     """Hits."""
     value: AggregateValue = None
@@ -541,6 +543,10 @@ class AggregateTable(Model):
     until: datetime | None = None
     series: list[AggregatePoint] = Field(default_factory=list)
     """Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out."""
+    frames: list[StackFrame] = Field(default_factory=list)
+    """Those that the rows' stacks consist of, each once; ``hosts/{host}:symbolize`` names them."""
+    hosts: list[str] = Field(default_factory=list)
+    """Where its hits are from: who can name the frames."""
 
 
 class Problem(Model):

@@ -489,7 +489,7 @@ class Reconciler:
                 self._changed(desired.id)
 
     async def _register(self, run: ProbeRun, tracer: TracerClient, desired: DesiredProbe) -> TraplineError | None:
-        if any(fetch.stack for fetch in run.registered.fetches):
+        if any(fetch.column == "stack" for fetch in run.registered.fetches):
             await self._preload(tracer, run)
         max_hits = desired.limits.max_hits or 0
         if max_hits and run.past_hits and desired.id not in tracer.ready.probes:

@@ -57,7 +57,14 @@ def lower_aggregate(aggregate: Aggregate, max_keys: int) -> AggregatePlan:
 
 
 def require_numbers(aggregate: Aggregate, columns: Sequence[FetchPlan]) -> None:
-    """Refuses an aggregate of numbers whose value is none. Raises SpecError."""
+    """Refuses an aggregate of numbers whose value is none, and any of a stack. Raises SpecError."""
+    if aggregate.value and columns[-1].column == "stack":
+        raise SpecError(
+            f"{aggregate.function} is of a value, and `{aggregate.value}` is a stack",
+            hint=f"how often each was met: `-> count() by ({aggregate.value})`",
+            text=aggregate.value,
+            position=0,
+        )
     if aggregate.value and aggregate.function not in ("topk", "distinct") and columns[-1].column in ("str", "bytes"):
         raise SpecError(
             f"{aggregate.function} is of a number, and `{aggregate.value}` is a text",
