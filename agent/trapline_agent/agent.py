@@ -146,7 +146,7 @@ class Agent:
             tracer.ready.pid,
             cache_directory=self._settings.state_dir / "symbols",
             max_keys=self._settings.aggregate_keys,
-            debug=DebugFiles(self._settings.state_dir).of,
+            debug=DebugFiles(self._settings.state_dir, self._settings.debuginfod_urls.split()).of,
             redact=redaction(self._settings.redact),
         )
         await self._tasks.__aenter__()

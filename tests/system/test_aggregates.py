@@ -253,7 +253,7 @@ for line in sys.stdin:
 NAME = "str(cast(frame.f_code.co_name, 'PyASCIIObject *') + 1)"
 
 
-@needs.python_debug
+@needs.python3_dbg
 def test_python_functions_are_counted_by_their_own_names() -> None:
     """A chain of struct fields down to the string, at each call of the interpreter's evaluator; nothing is sent of each."""
     evaluator = f"{Path('/usr/bin/python3-dbg').resolve()}:_PyEval_EvalFrameDefault"
@@ -272,7 +272,7 @@ def test_python_functions_are_counted_by_their_own_names() -> None:
     assert often.count == 400
 
 
-@needs.libc_debug
+@needs.libc6_dbg
 def test_what_is_opened_is_counted_by_name() -> None:
     code = "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    "
     code += (

@@ -274,7 +274,7 @@ class Session:
                         [os.getpid()],
                         tracer.ready.pid,
                         cache_directory=state_dir() / "symbols",
-                        debug=DebugFiles(state_dir()).of,
+                        debug=DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of,
                     )
                     await self._trace(resolver)
                 finally:

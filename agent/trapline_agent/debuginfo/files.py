@@ -86,6 +86,9 @@ class DebugFiles:
                 return None, tried
             made = FileDebugInfo(self, elf, os.dup(fd), found, self._indexes)
         with self._lock:
+            if (known := self._files.get(stamp)) is not None:  # of another thread, meanwhile
+                made.close()
+                return known, tried
             self._files[stamp] = made
             dropped = [self._files.popitem(last=False)[1] for _ in range(len(self._files) - _MAX_FILES)]
         for old in dropped:
@@ -165,7 +168,7 @@ class FileDebugInfo:
         return self._reader.pid
 
     def stop(self) -> None:
-        """Ends the process until it is needed again."""
+        """Ends the process until it is needed again, but not while it is asked."""
         self._reader.stop()
 
     def close(self) -> None:

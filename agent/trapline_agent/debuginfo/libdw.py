@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from trapline.errors import NoDebugInfo, Unsupported
 
 _ELF_C_READ_MMAP: Final = 8
@@ -19,6 +22,7 @@ _FORM_BLOCK1: Final = 0x0A
 _FORM_EXPRLOC: Final = 0x18
 _MAX_NAME: Final = 4096
 _MAX_RANGES: Final = 100_000
+_SAMPLE: Final = 64
 
 _dw: ctypes.CDLL | None = None
 _elf: ctypes.CDLL | None = None
@@ -297,28 +301,46 @@ class Lines:
         return self._count
 
     def of(self, line: int, files: frozenset[int]) -> Iterator[tuple[int, int, int]]:
-        """Yields (address, line, number of the file) where a statement of ``line``, or of the nearest behind it so far,
+        """Yields (address, line, number of the file) where a statement of ``line``, or else of the nearest line behind it,
         begins, in one of some files."""
-        best = (1 << 31) - 1
-        number, address, flag, file = c_int(), c_uint64(), c_bool(), c_size_t()
-        number_at, flag_at, file_at, unused = byref(number), byref(flag), byref(file), byref(c_void_p())
-        row_at, line_of = _f.dwarf_onesrcline, _f.dwarf_lineno
+        numbers = self._numbers()
+        behind = np.flatnonzero(numbers >= line)
+        behind = behind[np.argsort(numbers[behind], kind="stable")]
+        nearest = None
+        for i in behind.tolist():
+            number = int(numbers[i])
+            if nearest is not None and number > nearest:
+                return
+            row = self._row(i)
+            if row.file in files and row.statement and not row.end and self._stands(i, row.address, row.file):
+                nearest = number
+                yield row.address, number, row.file
+
+    def _numbers(self) -> npt.NDArray[np.int32]:
+        """Returns the lines of all rows.
+
+        libdw tells them one by one, a microsecond each, and a header's line is looked for in tens of millions of rows. They
+        lie in an array of structs, whose layout is libdw's own business: where the line is in them is found by looking for
+        the one place that has what libdw says, in rows from all over the table. Without such a place each row is asked for.
+        """
+        row_at, number = _f.dwarf_onesrcline, c_int()
+        sample = range(0, self._count, max(self._count // _SAMPLE, 1))
+        if self._count >= _SAMPLE:
+            first = row_at(self._table, 0)
+            size = row_at(self._table, 1) - first
+            last = row_at(self._table, self._count - 1)
+            if 16 <= size <= 128 and size % 4 == 0 and last == first + (self._count - 1) * size:
+                memory = (ctypes.c_char * (size * self._count)).from_address(first)
+                table = np.frombuffer(memory, np.int32).reshape(self._count, size // 4)
+                said = np.array([self._row(i).line for i in sample], np.int32)
+                places = np.flatnonzero((table[list(sample)] == said[:, None]).all(axis=0))
+                if len(places) == 1:
+                    return table[:, places[0]]
+        numbers = np.zeros(self._count, np.int32)
         for i in range(self._count):
-            row = row_at(self._table, i)
-            line_of(row, number_at)
-            if not line <= number.value <= best:
-                continue
-            if _f.dwarf_line_file(row, unused, file_at) != 0 or file.value not in files:
-                continue
-            if _f.dwarf_linebeginstatement(row, flag_at) != 0 or not flag.value:
-                continue
-            if _f.dwarf_lineendsequence(row, flag_at) != 0 or flag.value:
-                continue
-            if _f.dwarf_lineaddr(row, byref(address)) == 0:
-                found = number.value, address.value, file.value
-                if self._stands(i, found[1], found[2]):
-                    best = found[0]
-                    yield found[1], best, found[2]
+            _f.dwarf_lineno(row_at(self._table, i), byref(number))
+            numbers[i] = number.value
+        return numbers
 
     def at(self, pc: int) -> tuple[int, int] | None:
         """Returns the number of the file and the line of an address, as gdb does (symtab.c, find_pc_sect_line): of several

@@ -37,7 +37,7 @@ class Type(msgspec.Struct, frozen=True):
     """A type; typedefs and qualifiers lead to what they stand for, ``alias`` says how it was called there.
 
     ``variant`` is a Rust enum with content: ``members`` has ``(discriminant)``, where there is one, and then the content of
-    each variant by its name, all in the same bytes; ``enumerators`` has (variant, value of the discriminant), but for the
+    each variant by its name, all in the same bytes; ``enumerators`` has (variant, value of the discriminant), but not the
     variant that all other values mean."""
 
     kind: Literal[

@@ -16,12 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from trapline.errors import NoDebugInfo, NotFound
 from trapline_agent.debuginfo import dwarf as dw
-from trapline_agent.debuginfo import expressions, lineheader
+from trapline_agent.debuginfo import expressions, lineheader, names
 from trapline_agent.debuginfo.libdw import Attribute, Cfi, Die, Dwarf, Elf, Lines, Memory
 from trapline_agent.debuginfo.model import Function, LinePlace, Location, Op, Scope, Type, TypeRef, Variable
 from trapline_agent.debuginfo.types import TypeReader
@@ -33,9 +31,6 @@ _MAX_UNITS: Final = 1_000_000
 _MAX_PLACES: Final = 10_000
 _MAX_CHAIN: Final = 64
 _MAX_VARIABLES: Final = 5_000
-_CHUNK: Final = 4 << 20
-_FEW: Final = 8
-"""So many numbers are looked for one after the other."""
 _MAX_HEADER: Final = 1 << 20
 _MAX_HEADERS: Final = 64
 _MAX_ROWS: Final = 1_000_000
@@ -65,23 +60,6 @@ class Segment(NamedTuple):
     offset: int
     vaddr: int
     size: int
-
-
-def find_words(memory: Memory, words: list[int]) -> Iterator[int]:
-    """Yields the offsets, ascending, of 4-byte numbers that are among some."""
-    if len(words) <= _FEW:
-        yield from sorted(at for word in words if word < 1 << 32 for at in memory.find(word.to_bytes(4, "little")))
-        return
-    wanted = np.array(sorted(w for w in words if w < 1 << 32), np.uint32)
-    for start in range(0, memory.size, _CHUNK) if len(wanted) else ():
-        data = memory.bytes(start, _CHUNK + 3)
-        hits: list[npt.NDArray[np.intp]] = []
-        for shift in range(4):
-            count = (min(len(data), _CHUNK + shift) - shift) // 4
-            numbers = np.frombuffer(data, "<u4", count=count, offset=shift) if count > 0 else wanted[:0]
-            near = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
-            hits.append(np.flatnonzero(wanted[near] == numbers) * 4 + shift)
-        yield from (np.sort(np.concatenate(hits)) + start).tolist()
 
 
 _NOTHING: Final = Memory(0, 0)
@@ -209,12 +187,12 @@ class Reader:
         if table not in self._headers:
             data = self._main.section("line").bytes(table, _MAX_HEADER)
             try:
-                names = lineheader.file_names(data, self._line_string, unit.string(dw.AT_comp_dir))
+                paths = lineheader.file_names(data, self._line_string, unit.string(dw.AT_comp_dir))
             except lineheader.Malformed:
-                names = []
+                paths = []
             if len(self._headers) >= _MAX_HEADERS:
                 self._headers.popitem(last=False)
-            self._headers[table] = names
+            self._headers[table] = paths
         return self._headers[table]
 
     def _declared(self, die: Die) -> tuple[str, int]:
@@ -440,11 +418,11 @@ class Reader:
         """See ``DebugInfo.variable``."""
         self._tidy()
         named: dict[_Key, Die] = {}
-        for chain in self._named(_last(name)):
+        for chain in self._named(names.last(name)):
             die = chain[-1]
             if die.tag not in (dw.TAG_variable, dw.TAG_member) or any(d.tag in _SKIPPED for d in chain):
                 continue
-            if _is_called(name, self.qualified(die), die.string(dw.AT_linkage_name)):
+            if names.is_called(name, self.qualified(die), die.string(dw.AT_linkage_name)):
                 named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         known: Variable | None = None
         # What names it may be a declaration, or with link time optimisation lack the place.
@@ -460,11 +438,11 @@ class Reader:
         """See ``DebugInfo.inlined``."""
         self._tidy()
         named: dict[_Key, Die] = {}
-        for chain in self._named(_last(function)):
+        for chain in self._named(names.last(function)):
             die = chain[-1]
             if die.tag != dw.TAG_subprogram:
                 continue
-            if _is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
+            if names.is_called(function, self.qualified(die), die.string(dw.AT_linkage_name)):
                 named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         # With link time optimisation, dwz and Go what refers to them is in other units, by the section's offset.
         elsewhere = list(self._referring(named))
@@ -497,7 +475,7 @@ class Reader:
         """Yields the entries that refer to one of some entries as their origin, by its offset in its section."""
         wanted = set(named)
         words = sorted({offset for _, offset in wanted})
-        for chain in self._around(self._main, find_words(self._main.section("info"), words)):
+        for chain in self._around(self._main, names.find_words(self._main.section("info"), words)):
             die = chain[-1]
             origin = die.reference(dw.AT_abstract_origin, own=True) or die.reference(dw.AT_specification, own=True)
             if origin is not None and _key(origin) in wanted:
@@ -527,10 +505,10 @@ class Reader:
         offsets = sorted({*(alone or found), *generic})
         if not offsets:
             return
-        yield from find_words(file.section("info"), offsets)
+        yield from names.find_words(file.section("info"), offsets)
         table = file.section("str_offsets")
         if table.size:
-            yield from self._indexed(file, table, list(find_words(table, offsets)))
+            yield from self._indexed(file, table, list(names.find_words(table, offsets)))
 
     def _indexed(self, file: _File, table: Memory, places: list[int]) -> Iterator[int]:
         """Yields a place in each unit that may have a string by its index: all their entries are to be looked at."""
@@ -546,7 +524,7 @@ class Reader:
         starts = [base for base, _ in bases]
         for i in {bisect.bisect_right(starts, at) - 1 for at in places}:
             if i >= 0 and (unit := self._unit(bases[i][1])) is not None:
-                yield from (die.offset for die in _descendants(unit, 0))
+                yield from (die.offset for die in names.descendants(unit, 0))
 
     def _around(self, file: _File, places: Iterable[int]) -> Iterator[list[Die]]:
         """Yields, for each place in .debug_info, the entries that it lies in, from the unit's on."""
@@ -558,7 +536,7 @@ class Reader:
         for number, inside in by_unit.items():
             unit = next((die for _, die in file.dwarf.units_from(file.units[number])), None)
             if unit is not None:
-                yield from _holding(unit, inside, [unit])
+                yield from names.holding(unit, inside, [unit])
 
     # --- lines
 
@@ -740,23 +718,6 @@ class _NoFrame:
         return b""
 
 
-def _holding(parent: Die, places: list[int], chain: list[Die]) -> Iterator[list[Die]]:
-    """Yields the chain of entries that each place is in; all are behind the beginning of ``parent``, ascending."""
-    if len(chain) > _MAX_CHAIN:
-        return
-    child = parent.child()
-    at = bisect.bisect_left(places, child.offset) if child is not None else len(places)
-    if at:
-        yield chain
-    while child is not None and at < len(places):
-        following = child.sibling()
-        end = following.offset if following is not None else places[-1] + 1
-        stop = bisect.bisect_left(places, end, at)
-        if stop > at:
-            yield from _holding(child, places[at:stop], [*chain, child])
-        at, child = stop, following
-
-
 def _covering(parent: Die, pc: int, chain: list[Die]) -> list[Die] | None:
     """Returns the entries around an address, the innermost first; None where no function in ``parent`` has it."""
     if len(chain) > _MAX_CHAIN:
@@ -771,13 +732,6 @@ def _covering(parent: Die, pc: int, chain: list[Die]) -> list[Die] | None:
     return None
 
 
-def _descendants(die: Die, depth: int) -> Iterator[Die]:
-    for child in die.children():
-        yield child
-        if depth < _MAX_CHAIN:
-            yield from _descendants(child, depth + 1)
-
-
 _Key = tuple[int, int]
 
 
@@ -786,34 +740,7 @@ def _key(die: Die) -> _Key:
     return die.dwarf, die.offset
 
 
-def _last(name: str) -> str:
-    """Returns the last component of a C++ or Rust name; what is in angle brackets or parentheses is no component."""
-    depth = 0
-    for i in range(len(name) - 1, 0, -1):
-        depth += (name[i] in ">)") - (name[i] in "<(")
-        if not depth and name[i - 1 : i + 1] == "::":
-            return name[i + 1 :]
-    return name
-
-
-def _is_called(asked: str, qualified: str, linkage: str) -> bool:
-    return any(asked in (name, linkage) or name.endswith("::" + asked) for name in (qualified, _plain(qualified)))
-
-
-def _plain(name: str) -> str:
-    """Returns a C++ or Rust name without its template arguments."""
-    if "operator" in name:
-        return name
-    depth, kept = 0, []
-    for letter in name:
-        depth += letter == "<"
-        if not depth:
-            kept.append(letter)
-        depth -= letter == ">" and depth > 0
-    return "".join(kept)
-
-
 def _near_files(name: str, index: Index) -> list[str]:
     stem = re.sub(r"\.\w+\Z", "", name)
-    names = [n for n in index.files if n.startswith(stem + ".")] + difflib.get_close_matches(name, index.files, _NEAR)
-    return list(dict.fromkeys(names))[:_NEAR]
+    near = [n for n in index.files if n.startswith(stem + ".")] + difflib.get_close_matches(name, index.files, _NEAR)
+    return list(dict.fromkeys(near))[:_NEAR]

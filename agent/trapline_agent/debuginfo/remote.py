@@ -18,6 +18,7 @@ import msgspec
 from trapline.errors import ProtocolError, ResolveError, TraplineError
 from trapline_agent.debuginfo import messages
 from trapline_agent.debuginfo.messages import Answer, Failure, Open, Request
+from trapline_agent.targets.process import READER
 
 DEADLINE_S: Final = 60.0
 """For one request."""
@@ -150,9 +151,12 @@ class RemoteReader:
             self._process = None
 
     def stop(self) -> None:
-        """Ends the process; the next request starts another."""
-        with self._lock:
-            self._end()
+        """Ends the process, but not while it is asked; the next request starts another."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Ends the process for good, and closes the descriptors."""
@@ -168,7 +172,7 @@ class RemoteReader:
 def _spawn(arguments: list[str]) -> subprocess.Popen[bytes]:
     descriptors = (int(arguments[0]), *(int(a) for a in arguments[2:] if int(a) >= 0))
     return subprocess.Popen(
-        [sys.executable, "-m", "trapline_agent.debuginfo.worker", *arguments],
+        [sys.executable, "-m", READER, *arguments],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -15,6 +15,8 @@ from trapline_agent.kernel import procfs
 
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _CAP_SYS_PTRACE = 19
+READER = "trapline_agent.debuginfo.worker"
+"""The module that the agent starts to read debug information with: a process of its own."""
 _CONTAINER = re.compile(rb"(?<![0-9a-f])([0-9a-f]{64})(?![0-9a-f])")
 
 
@@ -220,6 +222,24 @@ def thirty_two_bit(pid: int) -> tuple[str, str]:
     return "ThirtyTwoBit", f"process {pid} runs 32-bit code, which this release does not probe; probe a 64-bit process"
 
 
+def is_own(target: ProcessFacts, self_pids: Collection[int]) -> bool:
+    """Whether a process is one of Trapline's.
+
+    Those that read debug information come and go, and are known by their command; in the moment before that begins, as one
+    of Trapline's processes twice.
+
+    Args:
+        target: the process.
+        self_pids: Trapline's own processes that are known by number.
+    """
+    if target.pid in self_pids:
+        return True
+    if target.ppid not in self_pids:
+        return False
+    command = _read_or_empty(f"/proc/{target.pid}/cmdline")
+    return READER.encode() in command.split(b"\0") or command == _read_or_empty(f"/proc/{target.ppid}/cmdline")
+
+
 def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int = 0) -> tuple[str, str] | None:
     """Says why a process cannot be probed by the ptrace engine.
 
@@ -231,7 +251,7 @@ def ineligible(target: ProcessFacts, self_pids: Collection[int], tracer_pid: int
     Returns:
         A stable reason and a sentence, or None where it can be.
     """
-    if target.pid in self_pids or target.pid == tracer_pid:
+    if target.pid == tracer_pid or is_own(target, self_pids):
         return "Self", "Trapline never probes itself"
     if target.kernel_thread:
         return "KernelThread", "a kernel thread has no user code"

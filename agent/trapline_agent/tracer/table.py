@@ -44,6 +44,7 @@ from trapline_agent.targets import maps, process
 from trapline_agent.targets.files import file_key_of, open_mapped, open_regular
 from trapline_agent.targets.maps import Mapping as FileMapping
 from trapline_agent.targets.proc import Proc, RealProc
+from trapline_agent.targets.process import is_own
 from trapline_agent.targets.selector import Selector
 from trapline_agent.tracer.breaker import Point, State, Verdict, Verdicts
 from trapline_agent.tracer.coverage import CoverageLog, Key
@@ -505,6 +506,8 @@ class Table:
         facts = self._proc.facts(identity.pid)
         if facts is None or facts.start_time != identity.start_time:
             raise ProcessLookupError(f"process {identity.pid} is gone")
+        if is_own(facts, self.self_pids):
+            return Wanted()
         parents = self._parents(identity)
         matching = {c for c in now.consumers if c.selector.matches(facts, parents)}
         text = self._proc.maps(identity.pid)
@@ -612,7 +615,7 @@ class Table:
         if not consumers or pid in self.self_pids:
             return False
         facts = self._proc.facts(pid)
-        if facts is None:
+        if facts is None or is_own(facts, self.self_pids):
             return False
         parents = self._parents(ProcessId(pid, facts.start_time))
         return any(c.selector.matches(facts, parents) for c in consumers)

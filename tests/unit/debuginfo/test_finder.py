@@ -58,8 +58,8 @@ def debug_path(build_id: str) -> str:
 
 
 @contextlib.contextmanager
-def files(root: Path, *servers: str) -> Iterator[DebugFiles]:
-    made = DebugFiles(root / "state", servers, str(root))
+def files(state: Path, *servers: str, root: str | None = None) -> Iterator[DebugFiles]:
+    made = DebugFiles(state / "state", servers, str(state) if root is None else root)
     try:
         yield made
     finally:
@@ -94,7 +94,7 @@ def test_by_debug_link(place: str, tmp_path: Path) -> None:
     }[place]
     target.parent.mkdir(parents=True, exist_ok=True)
     debug.rename(target)
-    with files(tmp_path if place == "global" else Path()) as found:
+    with files(tmp_path, root=str(tmp_path) if place == "global" else "") as found:
         assert knows_area(found, on_disk(str(program))) == str(target)
 
 

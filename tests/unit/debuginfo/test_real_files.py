@@ -137,7 +137,7 @@ def rows_at(debug: str, vaddr: int) -> set[tuple[str, int]]:
 def test_the_source_of_any_address_is_gdbs(path: Path, files: DebugFiles, tmp_path: Path) -> None:
     info, elf = files.need(on_disk(str(path))), elf_of(path)
     chance = random.Random(5)
-    symbols = [s for s in SymbolIndex(elf)._symbols if s.size > 16]
+    symbols = [s for s in SymbolIndex(elf) if s.size > 16]
     offsets = sorted({s.offset + chance.randrange(s.size) for s in chance.sample(symbols, 250)})
     theirs = ask_gdb(path, directory=tmp_path, sources=[vaddr_of(elf, o) for o in offsets])["sources"]
     compared = differ = 0
