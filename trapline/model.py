@@ -441,8 +441,10 @@ class FrameNames(Model):
     """Its answer."""
 
     names: list[list[str]]
-    """For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
-    there is no symbol."""
+    """For each frame the functions that are inlined there, innermost first, as ``name (inlined)``; then the function, or
+    ``libc.so.6+0x9b0e3`` where there is no symbol."""
+    sources: list[str] = Field(default_factory=list)
+    """For each frame its place in the source, ``orders.c:42``; empty where there is no debug information."""
 
 
 class Hit(Model):

@@ -52,6 +52,7 @@ from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
+from trapline_agent.symbols.index import IndexCache
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import Event
 from trapline_agent.unwind.names import Names
@@ -92,7 +93,7 @@ class Writer:
 
     def __init__(self, file: IO[bytes], names: Names, *, json: bool, limit: int | None, folded: bool = False) -> None:
         self._file = file
-        self._lines = Lines(names)
+        self._lines = Lines(names, names.described)
         self._folded = Folded(names) if folded else None
         self._json = json
         self._limit = limit
@@ -194,7 +195,9 @@ class Session:
         self._specs = [self._spec(text) for text in options.texts]
         self._keeper = TracerKeeper(host_id=self._host, budgets=_budgets(options.overhead))
         self._probes: dict[str, Traced] = {}
-        self._names = Names()
+        self._symbols = IndexCache(directory=state_dir() / "symbols")
+        self._debug = DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of
+        self._names = Names(self._symbols, self._debug)
         self._over_budget: dict[tuple[str, int, int, int, int], str] = {}
         """The state of the targets that are over their budget."""
         self._reconciler: Reconciler
@@ -273,8 +276,8 @@ class Session:
                         self._host,
                         [os.getpid()],
                         tracer.ready.pid,
-                        cache_directory=state_dir() / "symbols",
-                        debug=DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of,
+                        symbols=self._symbols,
+                        debug=self._debug,
                     )
                     await self._trace(resolver)
                 finally:

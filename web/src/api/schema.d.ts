@@ -869,10 +869,15 @@ export interface components {
         FrameNames: {
             /**
              * Names
-             * @description For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
-             *     there is no symbol.
+             * @description For each frame the functions that are inlined there, innermost first, as ``name (inlined)``; then the function, or
+             *     ``libc.so.6+0x9b0e3`` where there is no symbol.
              */
             names: string[][];
+            /**
+             * Sources
+             * @description For each frame its place in the source, ``orders.c:42``; empty where there is no debug information.
+             */
+            sources: string[];
         };
         /**
          * Gap
