@@ -263,6 +263,12 @@ class ExpressionReader:
             return "", []
         first, *others = node.args
         value = self._value(first, call, start)
+        if is_stack(value) and value != "caller":  # that may be a variable
+            self.fail(
+                "a stack is grouped by, and nothing can be computed of it",
+                start + tree.column(call, first),
+                hint=f"how often each was met: `-> count() by ({value})`",
+            )
         parameters = [self._parameter(other, call, start) for other in others]
         if function == "topk":
             parameters = parameters or [DEFAULT_TOP]

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import msgspec
 
@@ -140,7 +139,7 @@ class Resolver:
         self_pids: Collection[int],
         tracer_pid: int,
         *,
-        cache_directory: Path | None = None,
+        symbols: IndexCache | None = None,
         max_keys: int = DEFAULT_MAX_KEYS,
         debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
         redact: Callable[[Collection[str]], bool] | None = None,
@@ -151,7 +150,7 @@ class Resolver:
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
-            cache_directory: where the symbols of files are kept for later processes; None: nowhere.
+            symbols: keeps the symbols of files; None: one of its own, in memory.
             debug: returns the debug information of a file, or None where it has none.
             max_keys: rows that a probe's aggregate keeps apart here.
             redact: whether what has one of these names, or is of such a type, must not be captured.
@@ -161,7 +160,7 @@ class Resolver:
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
-        self._finder = Finder(host_name, IndexCache(directory=cache_directory))
+        self._finder = Finder(host_name, IndexCache() if symbols is None else symbols)
         self._debug = debug
         self._redact = redact
 

@@ -282,8 +282,7 @@ class Probe:
         """Drains the store of an aggregate."""
         table = Cells(100_000)
         for _, frame in self._drained():
-            delta = aggregates.decode(frame)
-            table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+            aggregates.decode(frame).add_to(table)
         return table
 
     def unregister(self) -> None:

@@ -58,7 +58,14 @@ def lower_aggregate(aggregate: Aggregate, max_keys: int) -> AggregatePlan:
 
 
 def require_numbers(aggregate: Aggregate, columns: Sequence[FetchPlan]) -> None:
-    """Refuses an aggregate of numbers whose value is none. Raises SpecError."""
+    """Refuses an aggregate of numbers whose value is none, and any of a stack. Raises SpecError."""
+    if aggregate.value and columns[-1].column == "stack":
+        raise SpecError(
+            f"{aggregate.function} is of a value, and `{aggregate.value}` is a stack",
+            hint=f"how often each was met: `-> count() by ({aggregate.value})`",
+            text=aggregate.value,
+            position=0,
+        )
     if aggregate.value and aggregate.function not in ("topk", "distinct") and columns[-1].column in ("str", "bytes"):
         raise SpecError(
             f"{aggregate.function} is of a number, and `{aggregate.value}` is a text",
@@ -90,14 +97,6 @@ def compiled(
         captures = captures or list(_OF_A_RETURN)
     compiler = Compiler(site)
     columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
-    if aggregate and (stacks := [name for name, kind, _ in columns if kind == "stack"]):
-        raise Unsupported(
-            f"not in this release: an aggregate of or by a stack, `{stacks[0]}`",
-            hint="`trapline trace --folded '... {ustack()}'` counts stacks",
-            reason="NotInThisRelease",
-            text=stacks[0],
-            position=0,
-        )
     holds = compiler.condition(condition) if condition else None
     roots = [value for _, _, value in columns] + ([] if holds is None else [holds])
     if not fits(*roots):

@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from trapline.aggregates import Key, Part, Table, capacity_of, recorder
+from trapline.aggregates import Key, Part, Table, capacity_of, recorder, stack_bytes
 from trapline.protocol import aggregates
 from trapline_agent.capture.compute import Floats, Scalar
 from trapline_agent.capture.evaluate import Kept
 from trapline_agent.capture.values import compile_return_values, compile_values, part_of
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.plans import AggregatePlan, FetchPlan, Program
+from trapline_agent.unwind.walk import Stacks
 
 INTERVAL_S = 0.25
 """Between two frames of a probe, at least."""
+MAX_STACK_BYTES = 16 * 1024 * 1024
+"""Of the stacks in the keys of one store."""
 _NO_VALUE: Part = (None, 0)
 
 
@@ -39,6 +42,7 @@ class AggregateStore(HitRing):
         *,
         max_hits: int = 0,
         returns: bool = False,
+        stacks: Stacks | None = None,
         floats: Floats | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
@@ -48,7 +52,7 @@ class AggregateStore(HitRing):
             plan: what to do with each hit.
             fetches: the probe's columns, of which the first ``plan.by`` are its rows' key.
             comms: names of processes by pid; it may change.
-            max_hits, returns, floats, on_data, on_limit: as of a ``HitRing``.
+            max_hits, returns, stacks, floats, on_data, on_limit: as of a ``HitRing``.
         """
         plain = all(f.register for f in fetches)
         # Of the ring itself are the counters, what a call keeps for its return, and sites' programs. It has no rows, so
@@ -58,15 +62,20 @@ class AggregateStore(HitRing):
             [f for f in own if f.entry] if plain else own,
             max_hits=max_hits,
             returns=returns,
+            stacks=stacks,
             floats=floats,
             on_data=on_data,
             on_limit=on_limit,
         )
         self._plan = plan
+        self._stack_keys = tuple(i for i, f in enumerate(fetches[: plan.by]) if f.column == "stack")
+        self._stack_bytes = 0
+        """Of the keys that have a row."""
+        self.of_stacks = bool(self._stack_keys)
         self._keys = plan.by
         self._comms = comms
-        self._values = compile_values(fetches if plain and not returns else (), comms)
-        self._return_values = compile_return_values(fetches if plain and returns else (), comms)
+        self._values = compile_values(fetches if plain and not returns else (), comms, self._stacks.walk)
+        self._return_values = compile_return_values(fetches if plain and returns else (), comms, self._stacks.walk)
         self._record = recorder(plan.function, plan.parameters)
         self._known: set[Key] = set()
         self._table = self._new_table()
@@ -87,7 +96,7 @@ class AggregateStore(HitRing):
         key = values[: self._keys]
         if key in self._known:
             cell = self._table.cell(key)
-        elif len(self._known) < self._plan.max_keys:
+        elif len(self._known) < self._plan.max_keys and self._has_room(key):
             self._known.add(key)
             cell = self._table.cell(key)
         else:
@@ -100,6 +109,16 @@ class AggregateStore(HitRing):
             self._on_data()
         if self._max and self.hits == self._max:
             self._on_limit()
+
+    def _has_room(self, key: Key) -> bool:
+        """Takes the room that a new key's stacks need, if there is so much."""
+        if not self._stack_keys:
+            return True
+        size = stack_bytes(key, self._stack_keys)
+        if self._stack_bytes + size > MAX_STACK_BYTES:
+            return False
+        self._stack_bytes += size
+        return True
 
     @property
     def due(self) -> float:
@@ -117,8 +136,9 @@ class AggregateStore(HitRing):
         return record
 
     def record(self, site: int, ts: int, pid: int, tid: int, values: Sequence[tuple[Scalar, int]]) -> None:
+        parts = [part_of(value, status, stack=i in self._stack_keys) for i, (value, status) in enumerate(values)]
         with self._lock:
-            self._take(tuple([part_of(value, status) for value, status in values]))
+            self._take(tuple(parts))
 
     def end(
         self, site: int, ts: int, pid: int, tid: int, words: Sequence[int], memory: int, latency_ns: int, kept: Kept
@@ -161,6 +181,8 @@ class AggregateStore(HitRing):
             end_ns=end_ns,
             generation=generation,
             drops=drops,
+            of_stacks=self._stack_keys,
+            file=self._stacks.file,
         )
         return frames
 

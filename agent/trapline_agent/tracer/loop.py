@@ -413,6 +413,7 @@ class Tracer:
                     self._engine.comms,
                     max_hits=limit,
                     returns=returns,
+                    stacks=self._table.stacks,
                     floats=self._engine.floats,
                     on_data=data,
                     on_limit=complete,
@@ -741,6 +742,8 @@ def _check_register(message: m.Register) -> None:
             raise EngineError(f"probe {message.probe}: no such aggregate: {aggregate.function}{aggregate.parameters}")
         if len(message.fetches) != aggregate.by + (aggregate.function != "count"):
             raise EngineError(f"probe {message.probe}: {aggregate.function} of nothing, or of too much")
+        if any(fetch.column == "stack" for fetch in message.fetches[aggregate.by :]):
+            raise EngineError(f"probe {message.probe}: {aggregate.function} of a stack")
     plain = all(fetch.register for fetch in message.fetches)
     for plan in message.plans:
         if not plain and (plan.program is None or len(plan.program.values) != len(message.fetches)):
