@@ -8,7 +8,6 @@ clean stop asks it to take everything out at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
@@ -190,22 +189,6 @@ class TracerKeeper:
     def spare(self, pid: int) -> None:
         """Keeps a further process of Trapline's own from being probed (semantics P11)."""
         self._self_pids.append(pid)
-        if self.client is not None:
-            self.client.spare(self._self_pids)
-
-    def helper(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, bool], None]:
-        """Returns what any thread calls with the pid of a further process of Trapline's own when it runs, and when it has
-        ended: then the number may become anybody's."""
-
-        def told(pid: int, runs: bool) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no tracer any more
-                loop.call_soon_threadsafe(self.spare if runs else self._ended, pid)
-
-        return told
-
-    def _ended(self, pid: int) -> None:
-        with contextlib.suppress(ValueError):
-            self._self_pids.remove(pid)
         if self.client is not None:
             self.client.spare(self._self_pids)
 

@@ -16,7 +16,7 @@ from trapline.errors import NoDebugInfo
 from trapline_agent.debuginfo import messages as m
 from trapline_agent.debuginfo.finder import DebugFinder, Found
 from trapline_agent.debuginfo.model import LinePlace, Scope, Type, TypeRef, Variable
-from trapline_agent.debuginfo.remote import DEADLINE_S, NotRunning, RemoteReader, Told
+from trapline_agent.debuginfo.remote import DEADLINE_S, NotRunning, RemoteReader
 from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.targets.process import text
 
@@ -39,12 +39,7 @@ class DebugFiles:
     """The debug information of the host's files. Any thread may ask; it may take seconds."""
 
     def __init__(
-        self,
-        directory: Path | None = None,
-        servers: Sequence[str] = (),
-        root: str = "",
-        deadline_s: float = DEADLINE_S,
-        told: Told = lambda pid, runs: None,
+        self, directory: Path | None = None, servers: Sequence[str] = (), root: str = "", deadline_s: float = DEADLINE_S
     ) -> None:
         """
         Args:
@@ -52,10 +47,8 @@ class DebugFiles:
             servers: URLs of debuginfod servers (debuginfod(8)).
             root: what stands before ``/usr/lib/debug`` on this host, for tests.
             deadline_s: seconds that one question may take.
-            told: called with the pid of each reader process when it runs, and when it has ended; by any thread.
         """
         self.deadline_s = deadline_s
-        self.told = told
         self._indexes = directory / "debuginfo" if directory is not None else None
         self._finder = DebugFinder(directory / "debuginfod" if directory is not None else None, servers, root)
         self._files: OrderedDict[_Stamp, FileDebugInfo] = OrderedDict()
@@ -126,7 +119,7 @@ class FileDebugInfo:
         """The file that has it."""
         self._owner = owner
         self._segments = [(s.offset, s.vaddr, s.filesz) for s in elf.segments]
-        self._reader = RemoteReader(self.where, program, found.debug, found.alternate, owner.told)
+        self._reader = RemoteReader(self.where, program, found.debug, found.alternate)
         self._index = _index_path(indexes, elf.build_id(), program if found.debug is None else found.debug)
         self._answers: OrderedDict[m.Request, Any] = OrderedDict()
         self._unusable: NoDebugInfo | None = None

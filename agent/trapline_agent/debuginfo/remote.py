@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -24,8 +23,6 @@ from trapline_agent.targets.process import READER
 DEADLINE_S: Final = 60.0
 """For one request."""
 _T = TypeVar("_T")
-Told = Callable[[int, bool], None]
-"""Of a reader process: its pid, and whether it runs."""
 _decoder: Final = msgspec.msgpack.Decoder(Answer | Failure)
 
 # A child is told of its parent's death when the thread that made it ends (PR_SET_PDEATHSIG): this one does not.
@@ -39,19 +36,15 @@ class NotRunning(Exception):
 class RemoteReader:
     """Reads one file. Any thread may ask; requests are answered one after the other."""
 
-    def __init__(
-        self, path: str, program: int, debug: int | None, alternate: int | None, told: Told = lambda pid, runs: None
-    ) -> None:
+    def __init__(self, path: str, program: int, debug: int | None, alternate: int | None) -> None:
         """
         Args:
             path: for messages.
             program: descriptor of the file that is mapped to run; it becomes this object's, as the others do.
             debug: of the file with its debug information, where that is another.
             alternate: of what dwz moved a part of that to.
-            told: called when the process runs, and when it has ended, by the thread that asks.
         """
         self._path = path
-        self._told = told
         self._descriptors = (program, -1 if debug is None else debug, -1 if alternate is None else alternate)
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: socket.socket | None = None
@@ -76,7 +69,6 @@ class RemoteReader:
                         reason="DebugInfoUnreadable",
                     ) from e
             self._stream = ours
-            self._told(self._process.pid, True)
             try:
                 return self._ask(request, bytes | None, deadline_s)  # type: ignore[arg-type]
             except TraplineError:
@@ -156,7 +148,6 @@ class RemoteReader:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._told(self._process.pid, False)
             self._process = None
 
     def stop(self) -> None:

@@ -71,17 +71,3 @@ async def test_an_agent_that_comes_back_goes_on_with_its_tracer(tmp_path: Path) 
     await second.client.shutdown()  # type: ignore[union-attr] # it was just started
     assert first._process is not None
     assert first._process.wait(10) == 0
-
-
-async def test_a_helper_is_spared_as_long_as_it_runs(tmp_path: Path) -> None:
-    """It is told of by another thread; when it has ended, its number may become a program's."""
-    own = [7]
-    keeper = TracerKeeper(host_id="hst_test", directory=tmp_path, self_pids=own)
-    told = keeper.helper(asyncio.get_running_loop())
-    await asyncio.to_thread(told, 4711, True)
-    await asyncio.sleep(0)
-    assert own == [7, 4711]
-    for _ in range(2):
-        await asyncio.to_thread(told, 4711, False)
-        await asyncio.sleep(0)
-        assert own == [7]

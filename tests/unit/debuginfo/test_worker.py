@@ -296,18 +296,3 @@ def test_sections_that_unpack_to_more_than_the_memory(tmp_path: Path) -> None:
     with pytest.raises(TraplineError):
         files.need(on_disk(str(tmp_path / "bomb"))).scope(0x1040)
     files.close()
-
-
-@needs.gcc
-def test_who_wants_to_know_is_told_of_the_process(tmp_path: Path) -> None:
-    """So that the agent can keep it from being probed, and only as long as it runs."""
-    told: list[tuple[int, bool]] = []
-    files = DebugFiles(told=lambda pid, runs: told.append((pid, runs)))
-    debug = files.of(on_disk(str(build(tmp_path, "c"))))
-    assert debug is not None
-    debug.variable("nothing")
-    ((pid, runs),) = told
-    assert runs
-    assert Path(f"/proc/{pid}/comm").read_text() == "trapline-debug\n"
-    files.close()
-    assert told[1:] == [(pid, False)]
