@@ -98,6 +98,14 @@ torture: setup ## tests/torture at full length: storms, kills and failures by th
 	@[ "$$(id -u)" -ne 0 ] || export TRAPLINE_TEST_STRICT=1; \
 	TRAPLINE_TORTURE=long $(BIN)/python -m pytest tests/torture -v -o faulthandler_timeout=7200 $(PYTEST_ARGS)
 
+FUZZ_SECONDS ?= 600
+FUZZ ?= $(shell sed -n 's/^    "\([a-z-]*\)": Harness.*/\1/p' tests/fuzz/harnesses.py)
+
+.PHONY: fuzz
+fuzz: setup ## the parsers of foreign bytes, each for FUZZ_SECONDS (600), or those of FUZZ="elf hits"; what is found stays in .fuzz
+	@for name in $(FUZZ); do echo "== $$name"; \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/agent:$(CURDIR)/service $(BIN)/python -m tests.fuzz $$name $(FUZZ_SECONDS) || exit 1; done
+
 .PHONY: bench
 bench: bench-engines ## measure: all of it
 	$(BIN)/python -m benchmarks.engines.killed
@@ -116,6 +124,6 @@ constraints: ## pin the latest versions of all dependencies anew, in constraints
 
 .PHONY: clean
 clean: ## remove everything that was made here
-	rm -rf $(VENV) web/node_modules web/.svelte-kit service/trapline_service/static build dist .demo
+	rm -rf $(VENV) web/node_modules web/.svelte-kit service/trapline_service/static build dist .demo .fuzz
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache test-results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

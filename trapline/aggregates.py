@@ -23,10 +23,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
+
+from trapline.protocol.stacks import Files, StackFile
 
 Value = int | float | bytes | bool | None
 """Integers have 64 bits: -2^63 to 2^64 - 1."""
@@ -51,6 +54,8 @@ _LARGEST = 2.0**64
 _BIAS = 1 << 12
 """Added to the index of a quantile's bin, so that all of them are positive, and negative for negative values."""
 _MIN_CAPACITY = 100
+MAX_STACK_BYTES = 64 * 1024 * 1024
+"""Of the stacks in the keys of one table."""
 
 
 class Cell(msgspec.Struct, omit_defaults=True):
@@ -75,7 +80,7 @@ class Cell(msgspec.Struct, omit_defaults=True):
     def add(self, other: Cell, capacity: int = _MIN_CAPACITY) -> None:
         """Takes in what another cell of the same aggregate knows; ``capacity`` is ``capacity_of`` it."""
         self.count += other.count
-        self.sum += other.sum
+        self.sum = _plus(self.sum, other.sum)
         if other.min is not None:
             self.min = other.min if self.min is None else min(self.min, other.min)
         if other.max is not None:
@@ -106,11 +111,16 @@ class Table:
     Attributes:
         cells: by key.
         other: of the keys that came when the table was full; None while there are none.
+        stacks: which parts of a key are packed stacks (``trapline.protocol.stacks``); known with the first rows.
+        files: what the numbers in them mean.
     """
 
     def __init__(self, max_keys: int, capacity: int = _MIN_CAPACITY) -> None:
         self.max_keys = max_keys
         self.capacity = capacity
+        self.stacks: tuple[int, ...] = ()
+        self.files = Files()
+        self._stack_bytes = 0
         self.cells: dict[Key, Cell] = {}
         self.other: Cell | None = None
 
@@ -119,12 +129,20 @@ class Table:
         """Hits in all cells."""
         return sum(cell.count for cell in self.cells.values()) + (self.other.count if self.other else 0)
 
+    def has_stacks_at(self, stacks: Sequence[int]) -> bool:
+        """Whether rows with stacks in these parts of their keys may be added: an empty table takes all."""
+        if not self.cells and self.other is None:
+            self.stacks = tuple(stacks)
+        return self.stacks == tuple(stacks)
+
     def cell(self, key: Key) -> Cell:
         """Returns where hits of a key belong: a cell of its own, or the one of the others."""
         cell = self.cells.get(key)
         if cell is not None:
             return cell
-        if len(self.cells) < self.max_keys:
+        size = stack_bytes(key, self.stacks)
+        if len(self.cells) < self.max_keys and self._stack_bytes + size <= MAX_STACK_BYTES:
+            self._stack_bytes += size
             cell = self.cells[key] = Cell()
             return cell
         return self.beyond()
@@ -135,12 +153,27 @@ class Table:
             self.other = Cell()
         return self.other
 
-    def add(self, cells: Iterable[tuple[Key, Cell]], other: Cell | None = None) -> None:
-        """Takes in cells of another table of the same aggregate."""
+    def add(
+        self, cells: Iterable[tuple[Key, Cell]], other: Cell | None = None, files: Mapping[int, StackFile] | None = None
+    ) -> None:
+        """Takes in cells of another table of the same aggregate; ``files``: what the numbers in its stacks mean."""
+        mine = self.files.renumbered(files) if self.stacks and files is not None else None
         for key, cell in cells:
+            if mine is not None:
+                parts = list(key)
+                for i in self.stacks:
+                    value, status = parts[i]
+                    if isinstance(value, bytes):
+                        parts[i] = (mine(value), status)
+                key = tuple(parts)
             self.cell(key).add(cell, self.capacity)
         if other is not None:
             self.beyond().add(other, self.capacity)
+
+
+def stack_bytes(key: Key, stacks: Sequence[int]) -> int:
+    """Returns the bytes of the stacks in a key."""
+    return sum(len(value) for i in stacks if isinstance(value := key[i][0], bytes))
 
 
 def capacity_of(function: Function, parameters: Iterable[int]) -> int:
@@ -160,8 +193,9 @@ def recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell,
 
     def record(cell: Cell, part: Part) -> None:
         value, status = part
-        # A truncated string is a value; one that is not there is not. Of numbers, what is none is none.
-        if status > 1 or (number and (not isinstance(value, int | float) or value != value)):
+        # A truncated string is a value; one that is not there is not. Of numbers, what is none is none; an infinite one
+        # has no place in a sum, and none in JSON.
+        if status > 1 or (number and not _is_number(value)):
             status = status if status > 1 else _UNSUPPORTED
             cell.bad[status] = cell.bad.get(status, 0) + 1
         else:
@@ -172,6 +206,18 @@ def recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell,
 
 _UNSUPPORTED = 6
 """``ValueStatus.UNSUPPORTED``."""
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plus(one: int | float, other: int | float) -> int | float:
+    """Adds; what is beyond the largest floating-point number is that."""
+    total = one + other
+    if isinstance(total, float) and math.isinf(total):
+        return math.copysign(sys.float_info.max, total)
+    return total
 
 
 def _recorder(function: Function, parameters: tuple[int, ...]) -> Callable[[Cell, Part], None]:
@@ -197,7 +243,7 @@ def _number(part: Part) -> int | float:
 
 
 def _sum(cell: Cell, part: Part) -> None:
-    cell.sum += _number(part)
+    cell.sum = _plus(cell.sum, _number(part))
 
 
 def _extremes(cell: Cell, part: Part) -> None:

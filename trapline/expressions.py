@@ -64,12 +64,12 @@ FUNCTIONS = {
     "matches": (2, 2, "a text and a quoted regular expression: matches(str(arg0), '^/etc/.*')"),
     "cast": (2, 2, "a value and a quoted type: cast(arg0, 'struct foo *')"),
     "entry": (1, 1, "one value, as it was when the function was entered: entry(arg0)"),
-    "ip": (0, 0, "nothing: it is the address of the probed instruction"),
+    "ip": (0, 1, "an internet address, or a pointer to one: ip(addr); ip() is the probed instruction's address"),
+    "sym": (1, 1, "an address of code: sym(handler)"),
     "ustack": (0, 1, "the most frames, if anything: ustack(20)"),
 }
 """Least and most arguments, and what they are."""
 _LATER_FUNCTIONS = {
-    "sym": "capture the address, and look it up with `nm`",
     "kstack": "Trapline looks at programs, not at the kernel",
 }
 _FLOATS = re.compile(r"[xyz]mm[0-9]+|st[0-7]?")
@@ -263,6 +263,12 @@ class ExpressionReader:
             return "", []
         first, *others = node.args
         value = self._value(first, call, start)
+        if is_stack(value) and value != "caller":  # that may be a variable
+            self.fail(
+                "a stack is grouped by, and nothing can be computed of it",
+                start + tree.column(call, first),
+                hint=f"how often each was met: `-> count() by ({value})`",
+            )
         parameters = [self._parameter(other, call, start) for other in others]
         if function == "topk":
             parameters = parameters or [DEFAULT_TOP]
@@ -426,6 +432,9 @@ class ExpressionReader:
                     self.fail("a string's length is a plain number", start + limit.at, hint=hint)
             case "ustack", _ if entry:
                 self.fail("a stack is taken where the probe is, at the return", at, suggestions=["ustack()"])
+            case "sym", _ if entry:
+                near = [f"sym(entry({call.written[0]}))"] if arguments else []
+                self.fail("an address is named where the probe is, at the return", at, suggestions=near)
             case "ustack", (depth,):
                 frames = depth.value if isinstance(depth, Constant) else None
                 if type(frames) is not int or not 1 <= frames <= MAX_DEPTH:

@@ -441,8 +441,10 @@ class FrameNames(Model):
     """Its answer."""
 
     names: list[list[str]]
-    """For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
-    there is no symbol."""
+    """For each frame the functions that are inlined there, innermost first, as ``name (inlined)``; then the function, or
+    ``libc.so.6+0x9b0e3`` where there is no symbol."""
+    sources: list[str] = Field(default_factory=list)
+    """For each frame its place in the source, ``orders.c:42``; empty where there is no debug information."""
 
 
 class Hit(Model):
@@ -495,6 +497,8 @@ class AggregateRow(Model):
     """The values of the expressions after ``by``; null where ``key_status`` says why."""
     key_status: list[str] = Field(default_factory=list)
     """For each of them empty, or ``truncated``, ``null``, ``fault``, ..."""
+    stacks: dict[str, list[int]] = Field(default_factory=dict)
+    """Of those among them that are stacks the frames, innermost first: indices in ``AggregateTable.frames``."""
     count: int
     """Hits."""
     value: AggregateValue = None
@@ -541,6 +545,10 @@ class AggregateTable(Model):
     until: datetime | None = None
     series: list[AggregatePoint] = Field(default_factory=list)
     """Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out."""
+    frames: list[StackFrame] = Field(default_factory=list)
+    """Those that the rows' stacks consist of, each once; ``hosts/{host}:symbolize`` names them."""
+    hosts: list[str] = Field(default_factory=list)
+    """Where its hits are from: who can name the frames."""
 
 
 class Problem(Model):

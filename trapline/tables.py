@@ -2,28 +2,101 @@
 
 from __future__ import annotations
 
-from trapline.aggregates import Cell, Key, Part, Table, bounds, buckets_of, distinct, most, quantile, values
-from trapline.model import Aggregate, AggregateBucket, AggregateItem, AggregateRow, AggregateTable, AggregateValue
+from trapline.aggregates import (
+    Cell,
+    Key,
+    Part,
+    Table,
+    bounds,
+    buckets_of,
+    distinct,
+    most,
+    quantile,
+    values,
+)
+from trapline.model import (
+    Aggregate,
+    AggregateBucket,
+    AggregateItem,
+    AggregateRow,
+    AggregateTable,
+    AggregateValue,
+    StackFrame,
+)
 from trapline.protocol.hits import ValueStatus, status_text
+from trapline.protocol.stacks import Frame, text, unpack
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 _EXACT = 2**53
 
 
-def table_of(aggregate: Aggregate, table: Table, *, probe: str = "", top: int | None = None) -> AggregateTable:
-    """Returns a table's rows, those with the most hits first; ``top`` of them, or all."""
+class FrameList:
+    """The frames of tables' stacks, each once.
+
+    Attributes:
+        frames: as ``AggregateTable.frames`` has them.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[StackFrame] = []
+        self._known: dict[Frame, int] = {}
+
+    def index(self, frame: Frame) -> int:
+        """Returns where a frame is."""
+        known = self._known.get(frame)
+        if known is None:
+            known = self._known[frame] = len(self.frames)
+            file = frame.file
+            self.frames.append(StackFrame(path=file.path, build_id=file.build_id, file=file.file, offset=frame.offset))
+        return known
+
+
+def table_of(
+    aggregate: Aggregate,
+    table: Table,
+    *,
+    probe: str = "",
+    top: int | None = None,
+    frames: FrameList | None = None,
+) -> AggregateTable:
+    """Returns a table's rows, those with the most hits first; ``top`` of them, or all.
+
+    Args:
+        aggregate: what it is of.
+        table: its cells.
+        probe: its probe.
+        top: the most rows; None: all.
+        frames: where the frames of stacks are listed, if those of several tables are to be in one list.
+    """
+    listed = FrameList() if frames is None else frames
+    rows = [
+        _with_stacks(row_of(aggregate, key, cell), aggregate, key, table, listed)
+        for key, cell in most(table.cells, top)
+    ]
     return AggregateTable(
         probe=probe,
         aggregate=aggregate,
         count=table.count,
         keys=len(table.cells),
-        rows=[row_of(aggregate, key, cell) for key, cell in most(table.cells, top)],
+        rows=rows,
         other=None if table.other is None else row_of(aggregate, (), table.other),
+        frames=listed.frames,
     )
 
 
+def _with_stacks(row: AggregateRow, aggregate: Aggregate, key: Key, table: Table, frames: FrameList) -> AggregateRow:
+    """Puts places in files, and indices of frames, where a row's key has packed stacks."""
+    for i in table.stacks:
+        packed = key[i][0]
+        if i < len(aggregate.by) and isinstance(packed, bytes):
+            stack = unpack(packed, table.files.by_number)
+            row.key[i] = text(stack)
+            row.stacks[aggregate.by[i]] = [frames.index(frame) for frame in stack.frames]
+    return row
+
+
 def row_of(aggregate: Aggregate, key: Key, cell: Cell) -> AggregateRow:
-    """Returns what a cell says."""
+    """Returns what a cell says; stacks in the key are not looked into."""
     row = AggregateRow(
         key=[_part(part) for part in key],
         key_status=[status_text(status) if status else "" for _, status in key],

@@ -41,6 +41,7 @@ from trapline_agent.link import Link
 from trapline_agent.outbox import STAGE, Outbox
 from trapline_agent.reconcile import Reconciler
 from trapline_agent.resolve import Resolver
+from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.process import boot_id, list_processes
 from trapline_agent.tracer.client import Event, TracerClient
 from trapline_agent.tracer.messages import Exited
@@ -120,7 +121,9 @@ class Agent:
         """The process list as the service knows it; None: not at all yet."""
         self._ends: dict[int, asyncio.Future[int]] = {}
         """How the launched commands ended."""
-        self._names = Names()
+        self._symbols = IndexCache(directory=settings.state_dir / "symbols")
+        self._debug = DebugFiles(settings.state_dir, settings.debuginfod_urls.split()).of
+        self._names = Names(self._symbols, self._debug)
         self._stopping = False
         self._tasks = asyncio.TaskGroup()
         self._resolver: Resolver
@@ -144,9 +147,9 @@ class Agent:
             self._settings.host_name,
             self._self_pids,
             tracer.ready.pid,
-            cache_directory=self._settings.state_dir / "symbols",
+            symbols=self._symbols,
             max_keys=self._settings.aggregate_keys,
-            debug=DebugFiles(self._settings.state_dir, self._settings.debuginfod_urls.split()).of,
+            debug=self._debug,
             redact=redaction(self._settings.redact),
         )
         await self._tasks.__aenter__()
@@ -309,7 +312,8 @@ class Agent:
 
     def _name(self, frames: list[StackFrame]) -> FrameNames:
         files = (Frame(StackFile(f.path, f.build_id, f.file), f.offset) for f in frames)
-        return FrameNames(names=[list(self._names(frame)) for frame in files])
+        found = self._names.many(files)
+        return FrameNames(names=[list(named.names) for named in found], sources=[named.source for named in found])
 
     async def request(self, request: m.Request) -> dict[str, Any]:
         """Answers a question about this host.

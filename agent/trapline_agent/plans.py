@@ -93,7 +93,7 @@ class Bytes(Node, frozen=True, tag="bytes"):
 
 
 class Context(Node, frozen=True, tag="context"):
-    """What is known of the hit itself: ``pid tid comm exe uid cgroup cpu ts latency``."""
+    """What is known of the hit itself: ``pid tid comm exe uid cgroup container cpu ts latency``."""
 
     name: str
 
@@ -103,6 +103,12 @@ class Frames(Node, frozen=True, tag="frames"):
 
     depth: int
     skip: int = 0
+
+
+class Symbol(Node, frozen=True, tag="symbol"):
+    """Where in a file an address of code is: a packed stack of one frame, which its reader names."""
+
+    address: Value
 
 
 class Entry(Node, frozen=True, tag="entry"):
@@ -120,14 +126,29 @@ class Names(Node, frozen=True, tag="names"):
 
 class Op(Node, frozen=True, tag="op"):
     """An operation of ``trapline.tree.Operation``, or ``len startswith endswith matches`` (a text and a pattern of re2),
-    ``address`` (modulo 2**64)."""
+    ``address`` (modulo 2**64),
+    ``ip`` (the text of 4 or 16 bytes, or of 32 bits), ``sockaddr`` (the text of the address in one)."""
 
     op: str
     of: tuple[Value, ...]
 
 
 Value = (
-    Const | Missing | Register | Xmm | Here | Load | Bits | Text | Bytes | Context | Frames | Entry | Names | Op
+    Const
+    | Missing
+    | Register
+    | Xmm
+    | Here
+    | Load
+    | Bits
+    | Text
+    | Bytes
+    | Context
+    | Frames
+    | Symbol
+    | Entry
+    | Names
+    | Op
 )  # a further kind of fetch is added here, and in capture.evaluate
 
 
@@ -138,6 +159,19 @@ class Program(msgspec.Struct, frozen=True):
     """One for each of the probe's columns."""
     condition: Value | None = None
     """Hits where it is not true, or has no value, are counted as filtered."""
+
+
+SEMAPHORE_BYTES = 2
+
+
+class Semaphore(msgspec.Struct, frozen=True):
+    """The counter of a USDT probe: an unsigned word of 16 bits in the program's data, which says how many look at the probe.
+    While it is 0 the program skips it (https://sourceware.org/systemtap/wiki/UserSpaceProbeImplementation)."""
+
+    offset: int
+    """File offset of it."""
+    distance: int
+    """Bytes from the probe's instruction to it, where both are mapped."""
 
 
 class SitePlan(msgspec.Struct, frozen=True):
@@ -161,6 +195,8 @@ class SitePlan(msgspec.Struct, frozen=True):
     """It is the first instruction of the C library's longjmp: calls in flight are left there."""
     program: Program | None = None
     """What is computed here, where that is more than the probe's plain fetches."""
+    semaphore: Semaphore | None = None
+    """To be raised by one in each process where the instruction is armed."""
 
 
 LATENCY = "latency"

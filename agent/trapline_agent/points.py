@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from trapline.errors import NotFound, ResolveError, TraplineError, Unsupported
 from trapline.model import PointKind, ProbeSpec
 from trapline_agent.arch.x86_64.calls import GO_CHECK_BYTES, go_body
 from trapline_agent.debuginfo.model import Location, Type
+from trapline_agent.plans import SEMAPHORE_BYTES, Semaphore
 from trapline_agent.symbols.boundaries import MAX_DECODED, instruction_over
 from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.symbols.index import SymbolAt, SymbolIndex, near_names
@@ -36,6 +37,8 @@ class Place:
     file: str = ""
     line: int = 0
     usdt: UsdtProbe | None = None
+    semaphore: Semaphore | None = None
+    """Of the USDT probe."""
 
     @property
     def symbol_offset(self) -> int:
@@ -106,17 +109,41 @@ def usdt_places(spec: ProbeSpec, elf: ElfFile, index: SymbolIndex, module: str) 
         raise NotFound(
             detail, suggestions=near, hint=f"it has {', '.join(names[:8])}" if not near else "", reason="NoUsdt"
         )
-    for probe in found:
-        error = None
+    counters: dict[int, set[int]] = {}
+    for probe in probes:
         if probe.semaphore:
-            error = Unsupported(
-                f"the USDT probe `{probe.provider}:{probe.name}` in {module} has a semaphore: the program skips it "
-                "unless a counter in its memory is raised",
-                hint="not in this release; probe the function that has it by its symbol",
-                reason="Semaphore",
-            )
+            counters.setdefault(probe.offset, set()).add(probe.semaphore)
+    for probe in found:
+        error = semaphore = None
+        try:
+            semaphore = _semaphore(probe, elf, module, counters)
+        except Unsupported as e:
+            error = e
         shown = f"{probe.provider}:{probe.name}"
-        yield Place(probe.offset, inside(index, probe.offset), error, shown=shown, usdt=probe)
+        yield Place(probe.offset, inside(index, probe.offset), error, shown=shown, usdt=probe, semaphore=semaphore)
+
+
+def _semaphore(probe: UsdtProbe, elf: ElfFile, module: str, counters: Mapping[int, set[int]]) -> Semaphore | None:
+    """Returns the counter of a USDT probe, or None where it has none. Raises Unsupported where that cannot be raised.
+
+    Args:
+        probe: the probe.
+        elf: its file.
+        module: what that is called.
+        counters: virtual addresses of the counters, by the offset of the probe's instruction.
+    """
+    if not probe.semaphore:
+        return None
+    what = f"the semaphore of the USDT probe `{probe.provider}:{probe.name}` in {module}, at 0x{probe.semaphore:x},"
+    hint = "probe the function that has it by its symbol"
+    offset = elf.data_offset(probe.semaphore, SEMAPHORE_BYTES)
+    segment = elf.segment_at(probe.offset)
+    if len(counters[probe.offset]) > 1:
+        raise Unsupported(f"{what} is one of several of the very same instruction", hint=hint, reason="Semaphore")
+    if offset is None or segment is None or offset % SEMAPHORE_BYTES:
+        why = "is not in data that the file has" if offset is None else "is not where a number of 16 bits may be"
+        raise Unsupported(f"{what} {why}, so that it cannot be raised", hint=hint, reason="Semaphore")
+    return Semaphore(offset, probe.semaphore - (probe.offset - segment.offset + segment.vaddr))
 
 
 def _symbol_place(index: SymbolIndex, symbol: SymbolAt, offset: int, module: str) -> Place:

@@ -126,6 +126,8 @@ class ProbeRun:
     past_hits: int = 0
     """Hits by tracers that are gone: they count towards the probe's limit."""
     resolved: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What was left out when it was resolved last, in sentences."""
     completed: bool = False
     leaving: bool = False
     gone: bool = False
@@ -472,7 +474,9 @@ class Reconciler:
         desired, before = run.desired, run.error
         error: TraplineError | None = None
         try:
-            grew = run.registered.merge(await asyncio.to_thread(self._resolver.resolve, desired.spec))
+            plan = await asyncio.to_thread(self._resolver.resolve, desired.spec)
+            grew = run.registered.merge(plan)
+            run.notes = plan.left_out()
             self._watch()
         except TraplineError as e:
             # What was found once stays: that nobody maps the file just now is not an error of the probe.
@@ -489,7 +493,7 @@ class Reconciler:
                 self._changed(desired.id)
 
     async def _register(self, run: ProbeRun, tracer: TracerClient, desired: DesiredProbe) -> TraplineError | None:
-        if any(fetch.stack for fetch in run.registered.fetches):
+        if any(fetch.column == "stack" for fetch in run.registered.fetches):
             await self._preload(tracer, run)
         max_hits = desired.limits.max_hits or 0
         if max_hits and run.past_hits and desired.id not in tracer.ready.probes:

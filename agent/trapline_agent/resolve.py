@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import msgspec
 
@@ -37,7 +37,9 @@ from trapline.model import (
 )
 from trapline.spec import place_of, require_supported
 from trapline_agent.arch.x86_64.stepping import plan_step
+from trapline_agent.capture import errno
 from trapline_agent.capture.compiler import Site
+from trapline_agent.capture.places import Memory
 from trapline_agent.capture.program import (
     columns_of,
     compiled,
@@ -112,6 +114,17 @@ class Plan:
     """Every site, those that are refused too."""
     notes: list[str] = field(default_factory=list)
     """What was left out, in sentences."""
+
+    def left_out(self) -> list[str]:
+        """Returns the notes, and how many places were refused and why, most of a kind first."""
+        refused = [site.refused for site in self.resolved if site.refused]
+        if not refused:
+            return list(self.notes)
+        kinds = Counter(error.get("reason") or error["code"] for error in refused).most_common()
+        why = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        said = f"{len(refused)} of {len(self.resolved)} places are not probed: {why}; the first: {refused[0]['detail']}"
+        return [*self.notes, said]
+
     files: dict[FileKey, FoundFile] = field(default_factory=dict)
     """The files that ``plans`` are about, and who maps them."""
 
@@ -126,7 +139,7 @@ class Resolver:
         self_pids: Collection[int],
         tracer_pid: int,
         *,
-        cache_directory: Path | None = None,
+        symbols: IndexCache | None = None,
         max_keys: int = DEFAULT_MAX_KEYS,
         debug: Callable[[FoundFile], DebugInfo | None] = lambda file: None,
         redact: Callable[[Collection[str]], bool] | None = None,
@@ -137,7 +150,7 @@ class Resolver:
             host_name: its name, for messages.
             self_pids: Trapline's own processes here; looked at anew at each call, so the caller may add to it.
             tracer_pid: the tracer, whose tracees can be probed; an attribute, since another tracer may take its place.
-            cache_directory: where the symbols of files are kept for later processes; None: nowhere.
+            symbols: keeps the symbols of files; None: one of its own, in memory.
             debug: returns the debug information of a file, or None where it has none.
             max_keys: rows that a probe's aggregate keeps apart here.
             redact: whether what has one of these names, or is of such a type, must not be captured.
@@ -147,7 +160,7 @@ class Resolver:
         self._host_name = host_name
         self._self_pids = self_pids
         self.tracer_pid = tracer_pid
-        self._finder = Finder(host_name, IndexCache(directory=cache_directory))
+        self._finder = Finder(host_name, IndexCache() if symbols is None else symbols)
         self._debug = debug
         self._redact = redact
 
@@ -449,6 +462,7 @@ class Resolver:
                 slack_len=segment.slack_len,
                 go=place.go,
                 program=computed[1] if computed is not None else None,
+                semaphore=place.semaphore,
             )
         )
 
@@ -473,12 +487,16 @@ class Resolver:
                 debug = self._debug(file)
                 scope = None if debug is None else debug.scope(place.offset)
             except TraplineError as e:
+                if self._redact is not None and (columns or spec.condition):
+                    raise  # whether the policy lets these values go cannot be told
                 unread = e  # it matters only where something is called by its name
         symbol = place.symbol.name if place.symbol else ""
         constants: dict[str, str | int] = {"host": self._host_name, "func": symbol, "buildid": index.build_id}
         if scope is not None:
             constants |= {"file": scope.file or scope.function.file, "line": scope.line or scope.function.line}
             constants["func"] = scope.function.name or symbol
+        asks_errno = any("errno" in text for text in (*(c.text for c in columns), spec.condition))
+        vaddr = place.offset + (segment.vaddr - segment.offset if segment else 0)
         is_go = place.go or (index.is_go and "." in symbol)
         try:
             fetches, program = compiled(
@@ -489,12 +507,13 @@ class Resolver:
                     kind=spec.kind,
                     entry=scope.entry if scope is not None else place.symbol is not None and not place.symbol_offset,
                     go=is_go and not place.symbol_offset,
-                    vaddr=place.offset + (segment.vaddr - segment.offset if segment else 0),
+                    vaddr=vaddr,
                     symbol=symbol,
                     scope=scope,
                     debug=debug,
                     constants=constants,
                     arguments=usdt_arguments(place.usdt) if place.usdt else None,
+                    errno=self._errno(file, index, vaddr, spec.kind) if asks_errno else None,
                     words=words,
                     redact=self._redact or (lambda names: False),
                 ),
@@ -517,6 +536,17 @@ class Resolver:
         if both != fetches and _is_plain(fetches):
             program = program or explicit(fetches)
         return both, program
+
+    def _errno(self, file: FoundFile, index: SymbolIndex, probed: int, kind: ProbeKind) -> Memory | None:
+        """Returns where errno is, in the file that has it: the C library, or a program that is linked with it."""
+        symbol = next(iter(index.find("__errno_location")), None)
+        segment = index.segment_at(symbol.offset) if symbol is not None else None
+        if symbol is None or segment is None:
+            return None
+        with file.open() as fd:
+            code = read(fd, index, symbol.offset, errno.CODE_BYTES)
+        at = symbol.offset - segment.offset + segment.vaddr
+        return errno.errno_place(code, at, probed, at_return=kind is ProbeKind.RETURN)
 
     # --- processes
 

@@ -22,7 +22,7 @@ from trapline.errors import ProtocolError, TraplineError
 from trapline.ids import new_id
 from trapline.model import Aggregate, AggregatePoint, AggregateTable
 from trapline.protocol.aggregates import Delta, pack, unpack
-from trapline.tables import table_of
+from trapline.tables import FrameList, table_of
 from trapline_service.coalesce import Coalescer
 from trapline_service.hub import Hub
 from trapline_service.store.base import Rollup, Store, Whole
@@ -64,6 +64,10 @@ class _Of:
     buckets: dict[int, _Bucket] = field(default_factory=dict)
     """By begin, Unix ns."""
     changed: bool = False
+
+    @property
+    def hosts(self) -> list[str]:
+        return sorted({_host_and_source(key)[0] for key in self.next})
 
 
 class Aggregates:
@@ -150,9 +154,8 @@ class Aggregates:
         bucket = of.buckets.get(start)
         if bucket is None:
             bucket = of.buckets[start] = _Bucket(self._table(of.aggregate))
-        other = delta.other.cell if delta.other is not None else None
         for table in (of.table, bucket.table):
-            table.add(delta.cells(), other)
+            delta.add_to(table)
         of.changed = bucket.changed = True
         self._something.set()
         self._publish.add(delta.probe)
@@ -173,7 +176,7 @@ class Aggregates:
         if of is None:
             return None
         table = table_of(of.aggregate, of.table, probe=probe, top=top)
-        table.lost = of.lost
+        table.lost, table.hosts = of.lost, of.hosts
         table.since, table.until = _time(of.since_ns), _time(of.until_ns)
         return table
 
@@ -209,11 +212,12 @@ class Aggregates:
                 point = points.setdefault(start, self._table(of.aggregate))
                 for table in (whole, point):
                     _unpack(rollup.data, table)
-            shown = table_of(of.aggregate, whole, probe=probe, top=top)
+            frames = FrameList()
+            shown = table_of(of.aggregate, whole, probe=probe, top=top, frames=frames)
             shown.since, shown.until = _time(since_ns), _time(until_ns)
             if step_ns:
                 for start, point in sorted(points.items()):
-                    rows = table_of(of.aggregate, point, top=top)
+                    rows = table_of(of.aggregate, point, top=top, frames=frames)
                     shown.series.append(
                         AggregatePoint(
                             start=datetime.fromtimestamp(start / 1e9, UTC),
@@ -222,6 +226,7 @@ class Aggregates:
                             other=rows.other,
                         )
                     )
+            shown.frames, shown.hosts = frames.frames, of.hosts
             return shown
 
         return await asyncio.to_thread(added)

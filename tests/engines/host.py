@@ -19,6 +19,7 @@ from tests.support.world import SimulatedFiles
 from trapline.aggregates import Table as Cells
 from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
+from trapline.spec import parse_probe
 from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import Engine, Observer, ProcessId
 from trapline_agent.engines.fake import FakeEngine, World
@@ -29,6 +30,8 @@ from trapline_agent.engines.restoring import Outcome, restore_all
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import AggregatePlan, FetchPlan, SitePlan
+from trapline_agent.points import usdt_places
+from trapline_agent.symbols.elf import ElfFile
 from trapline_agent.symbols.index import IndexCache
 from trapline_agent.targets.files import file_key_of
 from trapline_agent.targets.maps import executable_mappings
@@ -63,6 +66,27 @@ class Files:
                 slack_offset=segment.slack_offset,
                 slack_len=segment.slack_len,
             )
+        finally:
+            os.close(fd)
+
+    def usdt(self, path: Path) -> list[SitePlan]:
+        """Plans of the places of the probe of ``usdt.c``."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            index, elf = self._cache.get(fd, str(path)), ElfFile(fd, str(path))
+            places = list(usdt_places(parse_probe(f"usdt:{path}:shop:sold"), elf, index, path.name))
+            file = file_key_of(fd, str(path))
+            return [
+                SitePlan(
+                    site=0,
+                    file=file,
+                    path=str(path),
+                    offset=p.offset,
+                    code=os.pread(fd, 15, p.offset),
+                    semaphore=p.semaphore,
+                )
+                for p in places
+            ]
         finally:
             os.close(fd)
 
@@ -258,8 +282,7 @@ class Probe:
         """Drains the store of an aggregate."""
         table = Cells(100_000)
         for _, frame in self._drained():
-            delta = aggregates.decode(frame)
-            table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+            aggregates.decode(frame).add_to(table)
         return table
 
     def unregister(self) -> None:

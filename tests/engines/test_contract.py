@@ -602,3 +602,95 @@ def test_h6_a_fork_inside_of_a_call_returns_twice(host: Host, targets: Targets) 
         assert child.count()["returns"] == 10
         assert (probe.calls, probe.hits, probe.unreturned) == (10, 10, {})
         probe.unregister()
+
+
+# --- USDT probes with a semaphore
+
+
+def test_r19_a_semaphore_is_raised_while_its_probe_is_armed(host: Host, targets: Targets) -> None:
+    plans = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child, host.untouched(child.pid):
+        child.ask("call 3")
+        assert child.count()["evaluated"] == 0, "nobody looks, and the program skips it"
+        probe = host.register(plans, pid=child.pid)
+        assert probe.states() == {"armed": 2}
+        assert child.ask("semaphore") == "semaphore=2", "one for each place"
+        child.ask("call 10")
+        assert probe.hits == child.count()["evaluated"] == 20
+        second = host.register(plans, probe="second", pid=child.pid)
+        host.register(plans, probe="second", pid=child.pid)
+        assert child.ask("semaphore") == "semaphore=2", "not one for each consumer"
+        probe.unregister()
+        child.ask("call 5")
+        assert (probe.hits, second.hits) == (20, 10)
+        assert child.ask("semaphore") == "semaphore=2"
+        second.unregister()
+        assert child.ask("semaphore") == "semaphore=0"
+        child.ask("call 100")
+        assert child.count()["evaluated"] == 30
+        host.engine.close()
+
+
+def test_r19_what_others_raise_is_kept(host: Host, targets: Targets) -> None:
+    plans = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child:
+        child.ask("lift 3")
+        probe = host.register(plans[:1], pid=child.pid)
+        assert child.ask("semaphore") == "semaphore=4"
+        child.ask("lift 255")
+        assert child.ask("semaphore") == "semaphore=259"
+        probe.unregister()
+        assert child.ask("semaphore") == "semaphore=258"
+
+
+def test_r19_a_plain_probe_at_the_same_place_raises_nothing(host: Host, targets: Targets) -> None:
+    (plan, _) = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child:
+        plain = host.register(structs.replace(plan, semaphore=None), probe="plain", pid=child.pid)
+        child.ask("call 5")
+        assert (plain.hits, child.ask("semaphore")) == (0, "semaphore=0")
+        probe = host.register(plan, pid=child.pid)
+        child.ask("call 5")
+        assert (plain.hits, probe.hits, child.ask("semaphore")) == (5, 5, "semaphore=1")
+        probe.unregister()
+        child.ask("call 5")
+        assert (plain.hits, child.ask("semaphore")) == (5, "semaphore=0")
+
+
+@pytest.mark.parametrize("kind", ["fork", "vfork", "clone"])
+def test_r19_p1_semaphores_of_children(host: Host, targets: Targets, kind: str) -> None:
+    plans = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child:
+        probe = host.register(plans)
+        child.ask(f"{kind} 10")
+        count = child.count()
+        assert (probe.hits, count["evaluated"], count["semaphore"], count["failed"]) == (20, 20, 2, 0)
+        probe.unregister()
+        assert child.ask("semaphore") == "semaphore=0"
+        child.ask(f"{kind} 10")
+        assert child.count()["evaluated"] == 20
+
+
+def test_r19_p1_a_child_that_is_not_meant_is_lowered(host: Host, targets: Targets) -> None:
+    plans = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child:
+        child.ask("lift 1")
+        probe = host.register(plans, pid=child.pid)
+        held = int(child.ask("hold").split()[-1])
+        while host.follows(held):
+            pass
+        child.ask("go 10")
+        count = child.count()
+        assert (count["semaphore"], count["failed"], probe.hits) == (1, 0, 0)
+        assert child.ask("semaphore") == "semaphore=3"
+
+
+def test_r19_p1_a_child_is_lowered_when_its_probe_goes(host: Host, targets: Targets) -> None:
+    plans = host.files.usdt(targets.build("usdt"))
+    with targets.run("usdt") as child:
+        probe = host.register(plans)
+        child.ask("hold")
+        probe.unregister()
+        assert child.ask("semaphore") == "semaphore=0"
+        child.ask("go 10")
+        assert child.count()["semaphore"] == probe.hits == 0

@@ -139,6 +139,23 @@ async def test_p3_not_a_call_is_missed_of_a_thousand_libraries_that_are_opened(
 
 
 @needs.fanotify
+async def test_r19_p3_the_semaphores_of_libraries_that_are_opened_are_raised_before_their_code_runs(
+    path: Path, targets: Targets, tmp_path: Path
+) -> None:
+    """The mapper is held as it maps the code; the data, with the semaphore, comes after. What is skipped is wrong."""
+    program, calls = targets.build("once"), Calls(tmp_path)
+    library = targets.build("usdt", "-DLIBRARY", "-shared", "-fPIC")
+    (plan,) = Files().usdt(library)
+    async with watched(path, plan) as (seen, _):
+        await shell(LOOP, "100", program, calls.file, "5", library)
+    found = calls.read()
+    assert (found["done"], found["runs"]) == (500, 100)
+    assert seen.hits == 500 - found["wrong"] >= 500 - 5 * seen.late
+    assert seen.late <= 10
+    assert "loader" in {e.hook for e in seen.log.values() if not e.may_have_missed}, "by its hook, when all is mapped"
+
+
+@needs.fanotify
 async def test_a_library_that_comes_and_goes_is_armed_each_time(path: Path, targets: Targets) -> None:
     library = targets.library()
     with targets.run("dl", library) as child:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import mmap
 import os
 import platform
@@ -111,6 +112,11 @@ def rustc_dwarf5() -> str:
     return _runs("rustc", "-Cdwarf-version=5", "--print", "sysroot")
 
 
+@_need("atheris", "pip install atheris: Python 3.11 to 3.13 on x86-64 Linux")
+def atheris() -> str:
+    return "" if importlib.util.find_spec("atheris") else "there is no atheris for this Python"
+
+
 @_need("dwz", "apt-get install dwz")
 def dwz() -> str:
     return _runs("dwz", "--version")
@@ -124,6 +130,14 @@ def libc6_dbg() -> str:
 @_need("python3-dbg", "apt-get install python3-dbg")
 def python3_dbg() -> str:
     return _debug_file(SYSTEM_PYTHON)
+
+
+@_need("python-usdt", "run them on Debian or Ubuntu: apt-get install python3 binutils")
+def python_usdt() -> str:
+    notes = subprocess.run(["readelf", "-nh", SYSTEM_PYTHON], capture_output=True, text=True, check=False).stdout
+    if "Type:" not in notes or "EXEC" not in notes:
+        return f"{SYSTEM_PYTHON} is not Debian's"
+    return "" if "Name: function__entry" in notes else f"{SYSTEM_PYTHON} has no USDT probes"
 
 
 def _debug_file(path: str) -> str:

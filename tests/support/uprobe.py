@@ -19,15 +19,23 @@ _SYS_PERF_EVENT_OPEN = 298  # x86-64
 _ATTR_BYTES = 112
 _RETPROBE = 1
 """Bit 0 of config: /sys/bus/event_source/devices/uprobe/format/retprobe."""
+_REF_CTR_SHIFT = 32
+"""The file offset of a semaphore, in config: format/ref_ctr_offset."""
 _DISABLED = 1
 _ENABLE = 0x2400
 _CLOEXEC = 8
 
 
 @contextlib.contextmanager
-def kernel_count(file: Path, offset: int, *, returns: bool = False) -> Iterator[Callable[[], int]]:
+def kernel_count(file: Path, offset: int, *, returns: bool = False, semaphore: int = 0) -> Iterator[Callable[[], int]]:
     """Has the kernel count, in all processes, who runs the instruction at a file offset, or who returns from the function
     that begins there.
+
+    Args:
+        file: the file.
+        offset: of the instruction.
+        returns: whether it is about returns.
+        semaphore: file offset of a counter that the kernel is to raise in each of the processes meanwhile.
 
     Yields:
         A function that returns the count so far.
@@ -38,7 +46,7 @@ def kernel_count(file: Path, offset: int, *, returns: bool = False) -> Iterator[
     path = ctypes.create_string_buffer(os.fsencode(file))
     attr = bytearray(_ATTR_BYTES)
     struct.pack_into("=II", attr, 0, int(PMU.read_text()), _ATTR_BYTES)
-    struct.pack_into("=Q", attr, 8, _RETPROBE if returns else 0)
+    struct.pack_into("=Q", attr, 8, semaphore << _REF_CTR_SHIFT | (_RETPROBE if returns else 0))
     struct.pack_into("=Q", attr, 40, _DISABLED)
     struct.pack_into("=QQ", attr, 56, ctypes.addressof(path), offset)  # config1: uprobe_path, config2: probe_offset
     buffer = (ctypes.c_char * len(attr)).from_buffer(attr)

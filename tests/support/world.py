@@ -12,13 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.support.children import ChildDied
-from trapline_agent.engines.fake.world import SimulatedFile, SimulatedProcess, World
-from trapline_agent.plans import SitePlan
+from msgspec import structs
 
+from tests.support.children import ChildDied
+from trapline_agent.engines.fake.world import PAGE, SimulatedFile, SimulatedProcess, World
+from trapline_agent.plans import SEMAPHORE_BYTES, Semaphore, SitePlan
+
+_USDT = ("target_usdt", "target_usdt_again")
 _SYMBOLS = (
     *("target_hot", "target_six", "target_forks", "target_execs", "dlfn"),
     *("target_ret", "target_rec", "target_frame", "target_jumper", "target_hold", "target_fork"),
+    *_USDT,
 )
 
 
@@ -31,13 +35,22 @@ class SimulatedFiles:
     def plan(self, path: Path, symbol: str, site: int = 0, offset: int = 0) -> SitePlan:
         return file_of(self._world, path).plan(offset_of(symbol) + offset, site)
 
+    def usdt(self, path: Path) -> list[SitePlan]:
+        """Plans of the places of the probe of ``usdt``."""
+        file = file_of(self._world, path)
+        counter = len(file.content) - file.data
+        offsets = [offset_of(symbol) for symbol in _USDT]
+        return [structs.replace(file.plan(o), semaphore=Semaphore(counter, counter - o)) for o in offsets]
+
 
 def offset_of(symbol: str) -> int:
     return 256 * (1 + _SYMBOLS.index(symbol))
 
 
 def file_of(world: World, path: Path) -> SimulatedFile:
-    return next((f for f in world.files.values() if f.path == str(path)), None) or world.file(str(path))
+    return next((f for f in world.files.values() if f.path == str(path)), None) or world.file(
+        str(path), data=PAGE if path.name in ("usdt", "libusdt.so") else 0
+    )
 
 
 class SimulatedTargets:
@@ -78,6 +91,7 @@ class SimulatedChild:
         self.pid = self.process.pid
         self.popen = SimpleNamespace(kill=self.kill)
         self._count = {"begun": 0, "done": 0, "wrong": 0, "failed": 0, "calls": 0, "returns": 0, "left": 0}
+        self._count |= {"evaluated": 0, "semaphore": 0}
         self._threads = int(args[0]) if name == "hot" else 1
         self._running = False
         self._held: SimulatedProcess | None = None
@@ -101,6 +115,10 @@ class SimulatedChild:
         command, *words = line.split()
         n = int(words[0]) if words and words[0].isdigit() else 1
         match command:
+            case "call" | "fork" | "vfork" | "clone" | "hold" | "go" | "semaphore" | "lift" if (
+                self._symbol == "target_usdt"
+            ):
+                return self._usdt(command, n)
             case "call" | "six":
                 return self._called(self.process, n, "target_six" if command == "six" else self._symbol)
             case "start" | "storm":
@@ -139,6 +157,45 @@ class SimulatedChild:
             case _:
                 raise AssertionError(f"no simulated target understands `{line}`")
         return f"{command} done"
+
+    def _usdt(self, command: str, n: int) -> str:
+        """What the target ``usdt`` does, whose probe is skipped while its semaphore is 0."""
+        match command:
+            case "semaphore":
+                return f"semaphore={self._semaphore(self.process)}"
+            case "lift":
+                addr = self._semaphore_at(self.process)
+                self._world.write(self.process.memory, addr, self._semaphore(self.process) + n)
+            case "call":
+                self._sell(self.process, n)
+            case "hold":
+                self._held = self._world.fork(self.process)
+                return f"held {self._held.pid}"
+            case "go":
+                assert self._held is not None
+                self._sell(self._held, n)
+                self._bury(self._held)
+            case _:
+                child = self._world.fork(self.process, shares_memory=command != "fork")
+                self._sell(child, n)
+                self._bury(child)
+        return f"{command} done"
+
+    def _semaphore_at(self, process: SimulatedProcess) -> int:
+        return next(m.start for m in process.memory.mappings if m.file == self._program.key and m.writable)
+
+    def _semaphore(self, process: SimulatedProcess) -> int:
+        addr = self._semaphore_at(process)
+        return sum(self._world.read(process.memory, addr + i) << 8 * i for i in range(SEMAPHORE_BYTES))
+
+    def _sell(self, process: SimulatedProcess, n: int) -> None:
+        for _ in range(n):
+            for symbol in _USDT:
+                if self._semaphore(process):
+                    self._count["evaluated"] += 1
+                    self._world.call(process, self._program, offset_of(symbol))
+        self._count["calls"] += n
+        self._count["semaphore"] = self._semaphore(process)
 
     def _returns(self, command: str, n: int) -> None:
         """What the target ``returns`` does with calls that are in flight for a while."""

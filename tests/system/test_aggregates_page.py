@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.support import children, needs
 from tests.support.children import Child
+from tests.support.targets import Targets
 from tests.system.stack import caller
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "aggregates.md"
@@ -20,7 +21,7 @@ pytestmark = [needs.ptrace_any, needs.x86_64]
 
 def _times_hidden(text: str) -> str:
     """Returns a table without its figures: how long something took is another time each time."""
-    return " ".join(re.sub(r"(?<=\s)[\d,.]+", "#", text).split())
+    return " ".join(re.sub(r"(?<=\s)[\d,.]+( [num]?s\b)?", "#", text).split())
 
 
 def test_every_example_prints_what_is_shown() -> None:
@@ -46,6 +47,25 @@ def test_every_example_prints_what_is_shown() -> None:
             assert _times_hidden(said[text]) == _times_hidden(shown), text
         else:
             assert said[text] == shown, text
+
+
+@needs.gcc
+def test_every_stack_is_what_is_shown(targets: Targets, tmp_path: Path) -> None:
+    """What libc has around ``main`` is another on each system, so that the examples have the innermost frames alone."""
+    program = targets.build("stacks")
+    blocks = _FENCES.findall(PAGE.read_text())
+    examples = [
+        (kind, text, shown) for (kind, text), (_, shown) in itertools.pairwise(blocks) if kind in ("stacks", "folded")
+    ]
+    assert len(examples) == 3
+    for kind, text, shown in examples:
+        probe = text.strip().replace("stacks:", f"{program}:", 1)
+        argv = ["trace", *(["--folded"] if kind == "folded" else []), "-o", tmp_path / "said", probe]
+        done = children.run([sys.executable, "-m", "trapline", *argv, "--", program, "deep 3", "deep 3", "spin 2 5"])
+        assert done.returncode == 0, done.stderr
+        said = (tmp_path / "said").read_text()
+        title = "" if kind == "folded" else f"{probe}\n"
+        assert said.rstrip("\n") == f"{title}{shown}".rstrip("\n"), text
 
 
 def _by_title(out: str, titles: list[str]) -> dict[str, str]:

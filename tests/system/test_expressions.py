@@ -14,6 +14,7 @@ import pytest
 from tests.support import needs
 from tests.support.targets import Targets
 from trapline.cli.rows import format_hit
+from trapline.errors import TraplineError
 from trapline.model import Hit, HostResolution
 from trapline.protocol.hits import ValueStatus
 from trapline.spec import parse_probe
@@ -50,25 +51,36 @@ ORACLE = {
         *("order->previous->id", "first.id", "attempt * 7 - 3"),
     ),
     "pay": ("total.amount", "total.currency", "(int)sign"),
+    "deliver": ("delivered", "distance", "by.s_addr"),
     "weigh": ("kilos", "a", "b", "c", "d", "e", "f", "g"),
 }
 
 
-def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, list[Hit]]:
-    """Traces a command with some probes, called e0, e1, ...; returns their hits."""
-    out = tmp_path / "hits"
+def _run(tmp_path: Path, probes: list[str], command: list[str]) -> str:
+    """Traces a command with some probes, called e0, e1, ...; returns what it has printed. The hits are in ``hits``."""
     named = [a for i, text in enumerate(probes) for a in ("-e", f"e{i}={text}")]
     done = subprocess.run(
-        [sys.executable, "-m", "trapline", "trace", "--json", "-o", str(out), *named, "--", *command],
+        [sys.executable, "-m", "trapline", "trace", "--json", "-o", str(tmp_path / "hits"), *named, "--", *command],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "TRAPLINE_STATE_DIR": str(tmp_path / "state")},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(sys.path),
+            "TRAPLINE_STATE_DIR": str(tmp_path / "state"),
+            "TRAPLINE_AGENT_REDACT": os.environ.get("TRAPLINE_AGENT_REDACT", "[]"),
+        },
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _traced(tmp_path: Path, probes: list[str], command: list[str]) -> dict[str, list[Hit]]:
+    """Traces a command likewise; returns the hits of each probe."""
+    _run(tmp_path, probes, command)
     found: dict[str, list[Hit]] = {f"e{i}": [] for i in range(len(probes))}
-    for line in out.read_text().splitlines():
+    for line in (tmp_path / "hits").read_text().splitlines():
         hit = Hit.model_validate_json(line)
         found[hit.probe].append(hit)
     return found
@@ -140,6 +152,32 @@ def test_the_arguments_of_fopen_by_name(tmp_path: Path) -> None:
 
 
 @needs.ptrace_any
+@needs.gcc
+@pytest.mark.parametrize("link", ["-dynamic", "-static"])
+def test_errno_is_what_the_program_says(targets: Targets, tmp_path: Path, link: str) -> None:
+    """Of the C library's own file, and of a program that it is linked into."""
+    (probe,) = [text for text in REAL if "access" in text]
+    program = targets.build("errnos", "-O1", link)
+    if link == "-static":
+        probe = probe.replace("libc.so.6", str(program))
+    out = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    said = [line.split() for line in out.splitlines()]
+    (hits,) = _traced(tmp_path, [probe], [str(program)]).values()
+    ours = [[h.args["path"], str(h.args["result"]), str(h.args["errno"])] for h in hits]
+    assert [row for row in ours if row[0] in {path for path, *_ in said}] == said
+    assert {number for _, _, number in said} >= {"2", "20", "36", "77"}
+
+
+@needs.gcc
+def test_errno_is_refused_where_it_is_not_known(targets: Targets) -> None:
+    resolver = Resolver("h", "h", {os.getpid()}, 0, debug=DebugFiles(None).of)
+    answer = resolver.resolve_dry(parse_probe(f"{targets.build('orders', '-O2')}:handle {{errno}}"))
+    (refused,) = [site.refused for site in answer.sites if site.refused]
+    assert refused["reason"] == "NoErrno"
+    assert refused["text"][refused["position"] :] == "errno}"
+
+
+@needs.ptrace_any
 @needs.python3_dbg
 def test_the_functions_that_python_enters_by_their_own_names(tmp_path: Path) -> None:
     script = tmp_path / "names.py"
@@ -178,7 +216,18 @@ LANGUAGES = {
             },
         ),
         "_ZN4shop5greet": ("{name, loud, much}", {"name": "bob", "loud": True, "much": 1.5}),
-        "_ZN4shop5count": ("{n, id=basket._M_t._M_t._M_head_impl.id}", {"n": -2, "id": 5}),
+        "_ZN4shop5count": (
+            "{n, id=basket._M_t._M_t._M_head_impl.id, basket.id, basket.owner, there=basket != 0}",
+            {"n": -2, "id": 5, "basket.id": 5, "basket.owner": "", "there": True},
+        ),
+        "_ZN4shop5stock": (
+            "{n=len(tags), tags[1].text, tags[1].weight, beyond=tags[2].text, before=tags[n - 3].weight, shared.id, none.id,"
+            " words[0], m=len(words), len(numbers), s=u64(shared) == this_one}",
+            {
+                "n": 2, "tags[1].text": "heavy", "tags[1].weight": 900, "beyond": None, "before": None, "shared.id": 5,
+                "none.id": None, "words[0]": "first", "m": 1, "len(numbers)": 0, "s": False,
+            },
+        ),
         "ur:_ZN4shop5greet": ("{retval}", {"retval": "hello bob!"}),
     },
     "rust": {
@@ -192,6 +241,22 @@ LANGUAGES = {
         "paint": (
             "{colour, shade, n=len(numbers), numbers[1]}", {"colour": "Green", "shade": 0.25, "n": 3, "numbers[1]": 20},
         ),
+        "hold": (
+            "{a[0], b[0], c[0], d[0], a.Move.y, b.Move.y, c.Write.__0, d.Write.__0, d.Numbers.__1, some.age, some.name,"
+            " none.age}",
+            {
+                "a[0]": "Move", "b[0]": "Quit", "c[0]": "Write", "d[0]": "Numbers", "a.Move.y": -2, "b.Move.y": None,
+                "c.Write.__0": "a note", "d.Write.__0": None, "d.Numbers.__1": 600, "some.age": 30, "some.name": "alice",
+                "none.age": None,
+            },
+        ),
+        "keep": (
+            "{n=len(ages), ages[1], beyond=ages[3], boxed.age, boxed.name, few[0], little[0], times}",
+            {
+                "n": 3, "ages[1]": 31, "beyond": None, "boxed.age": 31, "boxed.name": "carol", "few[0]": 7,
+                "little[0]": None, "times": -9,
+            },
+        ),
         "ur:paint": ("{retval}", {"retval": -10}),
     },
     "go": {
@@ -200,6 +265,13 @@ LANGUAGES = {
             {
                 "name": "bob", "u.Name": "alice", "u.Age": 30, "u.At.N": -4, "u.Next.Name": "carol", "times": -2,
                 "rate": 0.25, "loud": True,
+            },
+        ),
+        "main.find": (
+            "{n=len(ages), len(none), key, len(users), users[1].Name, beyond=users[2].Name, len(name)}",
+            {
+                "n": 3, "len(none)": None, "key": "bob", "len(users)": 2, "users[1].Name": "carol", "beyond": None,
+                "len(name)": 4,
             },
         ),
         "main.total": ("{numbers[1], n=len(numbers), p.X, p.N}", {"numbers[1]": 20, "n": 3, "p.X": 2.5, "p.N": -7}),
@@ -293,6 +365,28 @@ def test_locals_in_the_middle_of_a_function(targets: Targets, tmp_path: Path, fl
     assert len(found["e0"]) == 2
 
 
+@needs.ptrace_any
+@needs.gcc
+def test_the_most_and_longest_texts_hold_a_target_up_for_a_bounded_time(targets: Targets, tmp_path: Path) -> None:
+    """32 texts of 4,096 bytes at each call, no two alike, and chains of 36 pointers into garbage: none is lost."""
+    program = targets.build("longtexts", "-O2")
+    texts = ", ".join(f"c{i}=str(arg0 + {4096 * i}, 4096)" for i in range(32))
+    chains = ", ".join(f"c{i}={'u64(' * 36}arg1 + {8 * i}{')' * 36}" for i in range(16))
+    for captured, calls, status in ((texts, 100, {"truncated"}), (chains, 1000, {"", "fault", "null"})):
+        done = _run(tmp_path, [f"{program}:look {{{captured}}}"], [str(program), str(calls)])
+        hits = [Hit.model_validate_json(line) for line in (tmp_path / "hits").read_text().splitlines()]
+        assert len(hits) == calls
+        assert {hit.status.get(f"c{i}", "") for hit in hits for i in range(16)} <= status
+        counted, begins, ns = done.split()
+        assert int(counted) == calls
+        assert int(ns) < 20_000_000, f"{ns} ns a call"  # on a busy machine; 0.3 ms are measured
+        if captured == texts:
+            first, last = str(hits[0].args["c0"]), str(hits[-1].args["c0"])
+            assert first.startswith(begins)
+            assert len(first) == len(last) == 4096
+            assert first[99:] == last[:-99]
+
+
 @needs.gcc
 def test_places_of_one_probe_share_its_columns(targets: Targets, tmp_path: Path) -> None:
     program = targets.build("orders", "-O2")
@@ -339,6 +433,36 @@ def test_a_policy_hides_what_it_names(targets: Targets, tmp_path: Path) -> None:
         (site,) = plan.plans
         assert site.program is not None
         assert [_hidden(value, hidden) for value in site.program.values] == wanted, text
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_a_policy_holds_for_a_trace_too(targets: Targets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAPLINE_AGENT_REDACT", '["token", "user"]')
+    program = targets.build("orders", "-O2")
+    found = _traced(tmp_path, [f"{program}:handle {{user, x=str(arg2), attempt}}"], [str(program), "2"])
+    assert [(h.status, h.args["attempt"]) for h in found["e0"][:1]] == [({"user": "redacted", "x": "redacted"}, 1)]
+
+
+@needs.gcc
+def test_a_policy_holds_where_debug_information_cannot_be_read(targets: Targets) -> None:
+    def unreadable(file: object) -> None:
+        raise TraplineError("its reader died", reason="DebugInfoUnreadable")
+
+    program = targets.build("orders", "-O2")
+    for redact, text, refused in (
+        (redaction(["user"]), "{arg2}", True),
+        (redaction(["user"]), "if arg2 == 0", True),
+        (redaction(["user"]), "", False),
+        (None, "{arg2}", False),
+    ):
+        resolver = Resolver("h", "h", {os.getpid()}, 0, debug=unreadable, redact=redact)
+        spec = parse_probe(f"{program}:handle {text}")
+        if refused:
+            with pytest.raises(TraplineError, match="its reader died"):
+                resolver.resolve(spec)
+        else:
+            assert resolver.resolve(spec).plans
 
 
 def _hidden(value: Value, hidden: Missing) -> bool:

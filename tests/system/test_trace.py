@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -108,6 +109,21 @@ def test_strings_come_as_they_were_bound() -> None:
             out, _ = trace.popen.communicate(timeout=children.TIMEOUT_S)
     hits = [json.loads(line) for line in out.decode().splitlines()]
     assert [hit["args"] for hit in hits] == [{"column": 2, "text": f"value {i}"} for i in range(3)]
+
+
+@needs.ptrace_any
+@needs.gcc
+def test_a_process_with_several_places_is_one(targets: Targets) -> None:
+    with targets.run("returns") as target, _trace("returns:target_*", "-p", str(target.pid)) as trace:
+        assert "armed in 1 process" in _stderr_line(trace)
+        _end(trace)
+
+
+@needs.ptrace
+def test_what_a_pattern_leaves_out_is_told() -> None:
+    done = children.run([sys.executable, "-m", "trapline", "trace", "libc.so.6:str*", "--json", "--", "/bin/true"])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^libc\.so\.6:str\*: \d+ of \d+ places are not probed: \d+ IndirectFunction", done.stderr, re.M)
 
 
 @needs.ptrace

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace shop {
 enum class Colour : unsigned char { red, green = 7 };
@@ -41,6 +42,13 @@ __attribute__((noinline)) long count(std::unique_ptr<Basket> basket, long n) {
     __asm__ volatile("" : : "r"(&basket) : "memory");
     return basket->id * n;
 }
+
+__attribute__((noinline)) size_t stock(
+    const std::vector<Tag> &tags, std::shared_ptr<Basket> shared, const std::shared_ptr<Basket> &none, long n,
+    std::vector<std::string> words, const std::vector<double> &numbers, unsigned long this_one) {
+    __asm__ volatile("" : : "r"(&shared), "r"(&tags), "r"(&none), "r"(&words), "r"(n), "r"(this_one) : "memory");
+    return tags.size() + words.size() + numbers.size();
+}
 }
 
 int main(int argc, char **) {
@@ -50,5 +58,6 @@ int main(int argc, char **) {
     long sum = basket.add(what, std::string_view("cellar").substr(0, 4), {"fragile", -3}, shop::Colour::red);
     sum += (long)shop::greet(argc > 1 ? "x" : "bob", true, 1.5f).size();
     sum += shop::count(std::make_unique<shop::Basket>(), -2);
+    sum += (long)shop::stock({{"light", 1}, {"heavy", 900}}, std::make_shared<shop::Basket>(), nullptr, 2, {"first"}, {}, 1);
     std::printf("%ld\n", sum);
 }

@@ -32,9 +32,16 @@ func total(numbers []int64, p point) (int64, string) {
 	return sum - int64(p.N), "done"
 }
 
+//go:noinline
+func find(ages map[string]int, none map[int]bool, key string, users []user, name []byte) int {
+	return ages[key] + len(none) + len(users) + len(name)
+}
+
 func main() {
 	u := &user{Name: "alice", Age: 30, At: point{1.5, -4}, Next: &user{Name: "carol"}}
 	a := greet("bob", u, -2, 0.25, true)
 	b, s := total([]int64{10, 20, 30}, point{2.5, -7})
+	ages := map[string]int{"alice": 30, "bob": 31, "carol": 32}
+	fmt.Println(find(ages, nil, "bob", []user{{Name: "alice"}, {Name: "carol"}}, []byte("four")))
 	fmt.Println(a, b, s)
 }

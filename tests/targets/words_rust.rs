@@ -34,10 +34,37 @@ pub fn paint(colour: Colour, shade: f32, numbers: &[u32]) -> i64 {
     -(colour as i64) - numbers.len() as i64
 }
 
+#[allow(dead_code)]
+pub enum Message {
+    Quit,
+    Move { x: i32, y: i32 },
+    Write(String),
+    Numbers(u8, u64),
+}
+
+#[no_mangle]
+#[inline(never)]
+pub fn hold(a: &Message, b: &Message, c: &Message, d: &Message, some: Option<&User>, none: Option<&User>) -> usize {
+    black_box((a, b, c, d, some, none));
+    0
+}
+
+#[no_mangle]
+#[inline(never)]
+pub fn keep(ages: &Vec<u32>, boxed: Box<User>, few: &Option<u32>, little: &Option<u32>, times: i64) -> usize {
+    black_box((ages, &boxed, few, little));
+    ages.len() + times as usize
+}
+
 fn main() {
     let user = User { name: String::from("alice"), age: 30, at: Point { x: 1.5, n: -4 } };
     let owned = String::from("a text of its own");
     let a = greet("bob", &user, &owned, 2, true);
     let b = paint(Colour::Green, 0.25, &[10, 20, 30]);
+    let m = [Message::Move { x: 1, y: -2 }, Message::Quit, Message::Write(String::from("a note")), Message::Numbers(5, 600)];
+    let c = hold(&m[0], &m[1], &m[2], &m[3], Some(&user), None);
+    let other = User { name: String::from("carol"), age: 31, at: Point { x: 0.0, n: 0 } };
+    let d = keep(&vec![30, 31, 32], Box::new(other), &Some(7), &None, -9);
+    println!("{} {}", c, d);
     println!("{} {}", a, b);
 }

@@ -108,6 +108,38 @@ def test_an_errno_at_every_call_of_an_unregister(
             clean(host, child, what)
 
 
+def test_r19_r5_an_errno_at_every_call_where_semaphores_are_raised_and_lowered(
+    host: Host, targets: Targets, faults: Faults, torture: Torture
+) -> None:
+    """Armed is raised, and calls are counted; in the end it is what others made it."""
+    plans = host.files.usdt(targets.build("usdt"))
+
+    def semaphore(child: Child) -> int:
+        return int(child.ask("semaphore").partition("=")[2])
+
+    with targets.run("usdt") as child:
+        child.ask("lift 2")
+        with faults.on() as arming:
+            host.register(plans, pid=child.pid)
+        with faults.on() as leaving:
+            host.unregister()
+            host.engine.close()
+        for when, calls in (("register", arming), ("unregister", leaving)):
+            for call, code, what in every(torture, calls):
+                what = f"{when}: {what}"
+                with faults.at(call, code if when == "register" else 0):
+                    probe = host.register(plans, probe=what, pid=child.pid)
+                armed = probe.states()["armed"]
+                assert semaphore(child) == 2 + armed, what
+                child.ask("call 5")
+                assert probe.hits == 5 * armed, what
+                with faults.at(call, code if when == "unregister" else 0):
+                    probe.unregister()
+                    host.engine.close()
+                assert semaphore(child) == 2, what
+                clean(host, child, what)
+
+
 def test_an_errno_at_every_call_of_a_hit(host: Host, targets: Targets, faults: Faults, torture: Torture) -> None:
     program = targets.build("hot")
     plan = host.files.plan(program, "target_hot")

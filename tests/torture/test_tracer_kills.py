@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -18,11 +20,13 @@ from tests.support.children import Child
 from tests.support.targets import Targets
 from tests.support.tracers import Traced, memory_of, restored_after
 from tests.torture.scale import Torture
+from trapline.errors import TraplineError
 from trapline_agent.engines import journal as j
 from trapline_agent.engines.restoring import Outcome, claims, restore, restore_all, restore_by_name
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets.maps import executable_mappings
+from trapline_agent.tracer.client import TracerClient
 
 pytestmark = [needs.gcc, needs.ptrace_any, needs.x86_64]
 
@@ -215,6 +219,39 @@ def test_s2_children_that_were_forked_are_taken_care_of(path: Path, targets: Tar
         assert child.ask("go")
         assert child.count()["failed"] == 0, f"the held child {pid} died"
         assert breakpoints(child, program) == []
+
+
+def test_r19_s2_semaphores_when_the_tracer_is_killed_at_any_moment(
+    path: Path, targets: Targets, torture: Torture
+) -> None:
+    """A counter is never lower than what others made it: one that is would have switched off their probe."""
+    plans = Files().usdt(targets.build("usdt"))
+    dice = random.Random(19)
+    left = 0
+
+    async def come_and_go(tracer: Traced, until_s: float) -> None:
+        client = await TracerClient.connect(path, host="h", process=tracer.child.popen)
+        asyncio.get_running_loop().call_later(until_s, tracer.kill)
+        with contextlib.suppress(TraplineError, ConnectionError):
+            while True:
+                await client.unregister("p")
+                await client.register("p", generation=1, sites=["s0"], plans=plans)
+        await client.close()
+
+    with targets.run("usdt") as child:
+        child.ask("lift 1")
+        for _ in torture.cycles(6, 500):
+            with Traced(path, plans) as tracer:
+                asyncio.run(come_and_go(tracer, dice.uniform(0.01, 0.1)))
+                tracer.wait()
+            now = int(child.ask("semaphore").partition("=")[2])
+            assert 1 + left <= now <= 1 + left + len(plans)
+            left = now - 1
+            child.ask("call 3")
+            assert breakpoints(child, targets.build("usdt")) == []
+        assert child.count()["failed"] == 0
+    torture.note(f"{left} semaphores left raised in {torture.done} kills")
+    assert left <= 1 + torture.done // 10
 
 
 # --- what is written back, and what is not ---------------------------------------------------------------------------

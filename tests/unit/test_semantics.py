@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs/architecture/semantics.md"
-RULES = [f"{letter}{n}" for letter, count in (("R", 18), ("H", 7), ("P", 11), ("S", 5)) for n in range(1, count + 1)]
+RULES = [f"{letter}{n}" for letter, count in (("R", 19), ("H", 7), ("P", 11), ("S", 5)) for n in range(1, count + 1)]
 PACKAGES = ("", "agent/trapline_agent", "service/trapline_service")
 
 

@@ -207,7 +207,7 @@ def test_wrong_texts_say_what_and_where(text: str, at: str, says: str) -> None:
     ("text", "at", "feature"),
     [
         ("app:f {reg.ymm0}", "reg.ymm0}", "floating-point"),
-        ("app:f {x=sym(arg0)}", "sym(arg0)}", "`sym()`"),
+        ("app:f {x=kstack()}", "kstack()}", "`kstack()`"),
         ("p:n /a:f %di:u32", "%di:u32", "`u32`"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
+import struct
 
 import pytest
 from playwright.async_api import Locator, Page, expect
@@ -12,7 +13,10 @@ from playwright.async_api import Locator, Page, expect
 from tests.support import needs
 from tests.unit.service.peers import World
 from tests.web.host import HELD_BY_GDB, Host, linked, target
+from trapline.aggregates import Table
 from trapline.model import Counters, TargetState
+from trapline.protocol import aggregates as wire
+from trapline.protocol.stacks import StackFile
 from trapline_service.config import Settings
 from trapline_service.dashboard import STATIC
 from trapline_service.server import Server
@@ -408,6 +412,25 @@ async def test_a_table_that_grows(home: Page, host: Host) -> None:
     await home.reload()
     await button(home, "Show the aggregate of malloc").click()
     await expect(rows).to_have_count(2)
+
+
+async def test_rows_that_read_the_same_are_rows_apart(home: Page, host: Host) -> None:
+    """Stacks in two builds of a program, and values that could not be had for two reasons."""
+    probe = await arm(home, host, "libc.so.6:malloc -> count() by (ustack(), str(arg0))")
+    files = {n: StackFile("/srv/app", build_id=f"{n:040x}") for n in (1, 2)}
+    table = Table(10)
+    for file, status, count in ((1, 0, 4), (2, 0, 3), (1, 2, 2), (1, 3, 1)):
+        stack = struct.pack("<3Q", 0, file << 32 | 16, file << 32 | 32)
+        table.cell(((stack, 0), (None if status else b"x", status))).count += count
+    ((_, sent),) = wire.split(
+        table.cells.items(), None, host=host.agent.host, probe=probe, source="s", seq=0, begin_ns=1, end_ns=2,
+        of_stacks=[0], file=files.__getitem__,
+    )  # fmt: skip
+    await host.agent.send_batch(sent)
+    place = r"app\+0x10 <- app\+0x20"
+    await expect(home.get_by_test_id("aggregate").get_by_test_id("aggregate-row")).to_have_text(
+        [re.compile(rf"{place}\s*{value}\s*{n}") for value, n in (("x", 4), ("x", 3), ("<null>", 2), ("<fault>", 1))]
+    )
 
 
 async def test_histograms_are_bars(home: Page, host: Host) -> None:

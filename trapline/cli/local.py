@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print what a program needs t
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log more.")]
 
 
-def _settings(make: Callable[..., S], **options: object) -> S:
+def settings_from(make: Callable[..., S], **options: object) -> S:
     """Returns settings from the environment and the options that were given. Raises TraplineError where one is wrong."""
     try:
         return make(**{key: value for key, value in options.items() if value is not None})
@@ -50,7 +50,7 @@ def _service_settings(**options: object) -> Settings:
         from trapline_service.config import Settings
     except ModuleNotFoundError as e:
         raise _no_server(e) from e
-    return _settings(Settings, **options)
+    return settings_from(Settings, **options)
 
 
 def _no_server(error: ModuleNotFoundError) -> TraplineError:
@@ -144,7 +144,7 @@ def agent(
     from trapline_agent.__main__ import serve as serve_agent
     from trapline_agent.config import AgentSettings
 
-    settings = _settings(
+    settings = settings_from(
         AgentSettings,
         server=server,
         token=SecretStr(token) if token else None,
@@ -205,7 +205,7 @@ def agent_settings(url: str, token: str, settings: Settings, **options: Any) -> 
     """Returns the settings of an agent that runs beside its service."""
     from trapline_agent.config import AgentSettings
 
-    return _settings(AgentSettings, server=url, token=SecretStr(token), state_dir=settings.state_dir, **options)
+    return settings_from(AgentSettings, server=url, token=SecretStr(token), state_dir=settings.state_dir, **options)
 
 
 def demo(

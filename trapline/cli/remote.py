@@ -24,12 +24,14 @@ from trapline.cli.console import (
     unreturned,
 )
 from trapline.cli.rows import format_hit, plain
-from trapline.cli.tables import lines
+from trapline.cli.tables import NameFrame, folded_lines, lines, placed
 from trapline.client import Client, Gap
 from trapline.errors import NotFound, TraplineError
-from trapline.model import Hit, Phase, Probe, ProbeKind, Resolution, Target, TargetState
+from trapline.model import AggregateTable, Hit, Phase, Probe, ProbeKind, Resolution, Target, TargetState
 
 _MAX_FRAMES = 100_000
+_MAX_ASKED = 10_000
+"""Frames of one question (``trapline.model.Symbolize``)."""
 
 probe_app = typer.Typer(help="Add, list, show and remove probes.", no_args_is_help=True)
 
@@ -176,18 +178,44 @@ def coverage(probe: ProbeName, json: Json = False, url: Url = None, token: Token
 def aggregate(
     probe: ProbeName,
     top: Annotated[int, typer.Option(min=1, max=10_000, help="How many rows, those with the most hits.")] = 100,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="Print stacks as flamegraph.pl and the like read them, all rows.")
+    ] = False,
     json: Json = False,
     url: Url = None,
     token: Token = None,
 ) -> None:
     """Show what the hits of a probe with an aggregate add up to, so far."""
     with Client(url, token) as client:
-        table = client.aggregate(probe, top=top)
+        table = client.aggregate(probe, top=10_000 if folded else top)
+        name = placed if json else _namer(client, table)
     if json:
         print_json(table)
+    elif folded:
+        for line in folded_lines(table, name):
+            print(line)
     else:
-        for line in lines(table):
-            out.print(line, markup=False)
+        for line in lines(table, name):
+            out.print(line, markup=False, soft_wrap=bool(table.frames))
+
+
+def _namer(client: Client, table: AggregateTable) -> NameFrame:
+    """Returns what names a table's frames: the hosts that they are from, one after another while some have no name."""
+    names = {frame.model_dump_json(): list(placed(frame)) for frame in table.frames}
+    unnamed = {frame.model_dump_json(): frame for frame in table.frames if frame.path and frame.path != "[anon]"}
+    for host in table.hosts:
+        asked = list(unnamed.items())
+        for at in range(0, len(asked), _MAX_ASKED):
+            some = asked[at : at + _MAX_ASKED]
+            try:
+                answers = client.symbolize(host, [frame for _, frame in some])
+            except TraplineError:
+                break  # it is away, or too old: the next may know
+            for (key, frame), answer in zip(some, answers, strict=True):
+                if answer != list(placed(frame)):
+                    names[key] = answer
+                    del unnamed[key]
+    return lambda frame: names[frame.model_dump_json()]
 
 
 @probe_app.command("rm")

@@ -82,9 +82,14 @@ class Clock:
 class Lines:
     """Turns batches into lines."""
 
-    def __init__(self, name: Name | None = None) -> None:
-        """``name``: names the frames of stacks; by default they are shown as places in files."""
+    def __init__(self, name: Name | None = None, describe: Name | None = None) -> None:
+        """
+        Args:
+            name: names the frames of stacks; by default they are shown as places in files.
+            describe: the same where a frame has a line of its own.
+        """
         self._name = name or (lambda frame: (place(frame),))
+        self._describe = describe or self._name
         self._local = Clock()
         self._utc = Clock(time.gmtime, "%Y-%m-%dT%H:%M:%S")
 
@@ -115,7 +120,7 @@ class Lines:
             if column.type != "stack":
                 continue
             which = batch.columns[column.name][:stop].tolist()
-            found = {i: lines(unpack(h.strings[i], h.files), self._name) for i in set(which)}
+            found = {i: lines(unpack(h.strings[i], h.files), self._describe) for i in set(which)}
             texts = {i: "".join(f"        {plain(n)}\n" for n in names) for i, names in found.items() if len(names) > 1}
             yield [texts.get(i, "") for i in which]
 

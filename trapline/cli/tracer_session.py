@@ -38,20 +38,24 @@ from trapline.cli.console import (
     unreturned,
 )
 from trapline.cli.folded import Folded
+from trapline.cli.local import settings_from
 from trapline.cli.rows import Lines, plain
-from trapline.cli.tables import lines
+from trapline.cli.tables import folded_lines, frame_of, lines
 from trapline.errors import NotFound, SpecError, TraplineError
 from trapline.expressions import is_stack
-from trapline.model import AggregateTable, DesiredProbe, ProbeLimits, ProbeSpec, Target, TargetState
+from trapline.model import AggregateTable, DesiredProbe, ProbeLimits, ProbeSpec, StackFrame, Target, TargetState
 from trapline.protocol import aggregates
 from trapline.protocol.hits import HitBatch, decode
 from trapline.spec import parse_probe, require_supported
 from trapline.state import state_dir
 from trapline.tables import table_of
+from trapline_agent.capture.redaction import redaction
+from trapline_agent.config import AgentSettings
 from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
+from trapline_agent.symbols.index import IndexCache
 from trapline_agent.tracer import messages as t
 from trapline_agent.tracer.client import Event
 from trapline_agent.unwind.names import Names
@@ -90,10 +94,9 @@ class Writer:
         ended: set when the reader has gone (a closed pipe), or ``limit`` hits are written.
     """
 
-    def __init__(self, file: IO[bytes], *, json: bool, limit: int | None, folded: bool = False) -> None:
+    def __init__(self, file: IO[bytes], names: Names, *, json: bool, limit: int | None, folded: bool = False) -> None:
         self._file = file
-        names = Names()
-        self._lines = Lines(names)
+        self._lines = Lines(names, names.described)
         self._folded = Folded(names) if folded else None
         self._json = json
         self._limit = limit
@@ -195,6 +198,9 @@ class Session:
         self._specs = [self._spec(text) for text in options.texts]
         self._keeper = TracerKeeper(host_id=self._host, budgets=_budgets(options.overhead))
         self._probes: dict[str, Traced] = {}
+        self._symbols = IndexCache(directory=state_dir() / "symbols")
+        self._debug = DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of
+        self._names = Names(self._symbols, self._debug)
         self._over_budget: dict[tuple[str, int, int, int, int], str] = {}
         """The state of the targets that are over their budget."""
         self._reconciler: Reconciler
@@ -210,8 +216,10 @@ class Session:
         """Raises SpecError for a text that is wrong, Unsupported for one that this release cannot do."""
         spec = parse_probe(text)
         require_supported(spec)
-        if self._options.folded and not any(is_stack(c.text) for c in spec.captures):
-            raise SpecError("--folded counts stacks, and this probe captures none", text=text, hint="add {ustack()}")
+        of_stacks = [*(c.text for c in spec.captures), *(spec.aggregate.by if spec.aggregate is not None else ())]
+        if self._options.folded and not any(is_stack(each) for each in of_stacks):
+            add = "-> count() by (ustack())"
+            raise SpecError("--folded counts stacks, and this probe captures none", text=text, hint=f"add `{add}`")
         for key, value in (("pid", self._options.pid), ("comm", self._options.name)):
             if value:
                 if spec.where.get(key, str(value)) != str(value):
@@ -256,12 +264,13 @@ class Session:
     async def run(self) -> int:
         """Traces until the end; returns the exit status."""
         options = self._options
+        host = settings_from(AgentSettings)
         loop = asyncio.get_running_loop()
         for number in ENDS:
             loop.add_signal_handler(number, self._interrupt, number)
         file = options.output.open("wb") if options.output else os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         with file:
-            self._writer = Writer(file, json=options.json, limit=options.max_hits, folded=options.folded)
+            self._writer = Writer(file, self._names, json=options.json, limit=options.max_hits, folded=options.folded)
             try:
                 with progress("starting a tracer"):
                     tracer = await self._keeper.start()
@@ -271,8 +280,9 @@ class Session:
                         self._host,
                         [os.getpid()],
                         tracer.ready.pid,
-                        cache_directory=state_dir() / "symbols",
-                        debug=DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of,
+                        symbols=self._symbols,
+                        debug=self._debug,
+                        redact=redaction(host.redact),
                     )
                     await self._trace(resolver)
                 finally:
@@ -292,7 +302,7 @@ class Session:
         delta = aggregates.decode(frame)
         traced = self._probes.get(delta.probe)
         if traced is not None and traced.table is not None:
-            traced.table.add(delta.cells(), delta.other.cell if delta.other is not None else None)
+            delta.add_to(traced.table)
             traced.lost += sum(delta.drops.values())
 
     def _tables(self, top: int | None) -> list[AggregateTable]:
@@ -305,33 +315,48 @@ class Session:
                 tables.append(table)
         return tables
 
-    def _shown(self, top: int | None) -> str:
-        """Returns all tables as text."""
+    def _name(self, frame: StackFrame) -> Sequence[str]:
+        return self._names(frame_of(frame))
+
+    def _name_all(self, tables: Sequence[AggregateTable]) -> None:
+        for table in tables:
+            for frame in table.frames:
+                self._name(frame)
+
+    def _shown(self, tables: Sequence[AggregateTable]) -> str:
+        """Returns tables as text. Naming what is in them may take seconds."""
         shown = []
-        for table in self._tables(top):
+        for table in tables:
             title = table.probe if table.aggregate.text in table.probe else f"{table.probe} -> {table.aggregate.text}"
-            shown.append("\n".join([plain(title), *lines(table), ""]))
+            shown.append("\n".join([plain(title), *lines(table, self._name), ""]))
         return "\n".join(shown)
 
     def _write_tables(self, file: IO[bytes]) -> None:
         """Writes what the aggregates came to."""
         if self._options.json:
             text = "".join(table.model_dump_json() + "\n" for table in self._tables(None))
+        elif self._options.folded:
+            text = "".join(f"{line}\n" for table in self._tables(None) for line in folded_lines(table, self._name))
         else:
-            text = self._shown(None)
+            text = self._shown(self._tables(None))
         with contextlib.suppress(BrokenPipeError, ValueError):  # the reader has enough
             file.write(text.encode())
             file.flush()
 
     async def _show_tables(self) -> None:
-        """Shows on a terminal how the tables grow."""
-        if self._options.json or self._options.output is not None or not out.is_terminal:
-            return
+        """Shows on a terminal how the tables grow. Where nobody looks on it names the frames of stacks all the same: at the
+        end their files may be gone."""
+        unseen = self._options.json or self._options.output is not None or not out.is_terminal
         if not any(traced.table is not None for traced in self._probes.values()):
+            return
+        if unseen:
+            while not self._options.json:
+                await asyncio.to_thread(self._name_all, self._tables(None))
+                await asyncio.sleep(_LIVE_S)
             return
         with Live(console=out, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(Text(self._shown(_LIVE_ROWS)), refresh=True)
+                live.update(Text(await asyncio.to_thread(self._shown, self._tables(_LIVE_ROWS))), refresh=True)
                 await asyncio.sleep(_LIVE_S)
 
     def _interrupt(self, number: int) -> None:
@@ -399,8 +424,10 @@ class Session:
         may_come = not self._options.pid or self._options.wait
         if error is not None and not (isinstance(error, NotFound) and error.reason == "NotMapped" and may_come):
             raise error
+        for sentence in run.notes:
+            note(f"{spec.text}: {sentence}")
         targets = list(run.targets.values())
-        armed = sum(target.state is TargetState.ARMED for target in targets)
+        armed = len({target.pid for target in targets if target.state is TargetState.ARMED})
         refused = [target for target in targets if target.state is TargetState.REFUSED]
         if armed:
             note(f"{spec.text}: armed in {armed} {'process' if armed == 1 else 'processes'}{_but(refused)}")

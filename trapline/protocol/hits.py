@@ -205,8 +205,15 @@ def in_json(
     if kind == "stack":
         return lambda index: stacks.text(stacks.unpack(strings[index], files), name)
     if kind in INTERNED:
-        texts = [_text(s) if kind == "str" else s.hex() for s in strings]
-        return texts.__getitem__
+        texts: dict[int, str] = {}
+
+        def text(index: int) -> str:  # the table has the texts of other columns too: only what is used is decoded
+            known = texts.get(index)
+            if known is None:
+                known = texts[index] = _text(strings[index]) if kind == "str" else strings[index].hex()
+            return known
+
+        return text
     if kind == "bool":
         return bool
     return _real if kind == "f64" else _number

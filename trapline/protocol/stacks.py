@@ -18,6 +18,8 @@ from trapline.errors import ProtocolError
 DEFAULT_DEPTH = 127
 """As bpftrace and perf have it."""
 MAX_DEPTH = 1024
+MAX_FILES = 16_384
+"""That ``Files`` tells apart."""
 BY_FRAME_POINTER = 0x100
 """Flag beside ``End``: some frame was found by its frame pointer, for want of unwind information."""
 _END = 0xFF
@@ -82,6 +84,61 @@ class Stack(msgspec.Struct, frozen=True):
 _NOWHERE = StackFile("")
 
 
+class Files:
+    """Numbers for the files of stacks that come from several sources, each of which has its own.
+
+    Files are the same where their build-ids are, or of those without one their paths; of each the first that came is kept.
+    Not thread-safe.
+
+    Attributes:
+        by_number: the files; 0 is what is not known, and has none.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, str], int] = {}
+        self.by_number: dict[int, StackFile] = {}
+
+    def get(self, number: int) -> StackFile:
+        """Returns the file of a number."""
+        return self.by_number.get(number, _NOWHERE)
+
+    def number(self, file: StackFile) -> int:
+        """Returns the number of a file; beyond ``MAX_FILES`` it is not known."""
+        if not file.path and not file.build_id:
+            return 0
+        key = ("", file.build_id) if file.build_id else (file.path, "")
+        number = self._numbers.get(key)
+        if number is None:
+            if len(self.by_number) >= MAX_FILES:
+                return 0
+            number = self._numbers[key] = len(self.by_number) + 1
+            self.by_number[number] = file
+        return number
+
+    def renumbered(self, files: Mapping[int, StackFile]) -> Callable[[bytes], bytes]:
+        """Returns what rewrites packed stacks, in which numbers mean ``files``, into these numbers."""
+        numbers = {theirs: self.number(file) for theirs, file in files.items()}
+        if all(theirs == mine for theirs, mine in numbers.items()):
+            return lambda packed: packed
+
+        def rewrite(packed: bytes) -> bytes:
+            head, *words = _words(packed)
+            mine = [numbers.get(word >> 32, 0) << 32 | word & 0xFFFF_FFFF for word in words]
+            return struct.pack(f"<{len(mine) + 1}Q", head, *mine)
+
+        return rewrite
+
+
+def check(packed: bytes, files: Mapping[int, StackFile]) -> None:
+    """Raises ProtocolError where bytes are no packed stack, or have frames in a file that is not told."""
+    head, *words = _words(packed)
+    if head & ~(_END | BY_FRAME_POINTER) or head & _END > max(End):
+        raise ProtocolError(f"a stack that ends for the reason {head}")
+    for word in words:
+        if word >> 32 and word >> 32 not in files:
+            raise ProtocolError(f"a stack with a frame in file {word >> 32}, which is not told")
+
+
 def numbers_of(packed: bytes) -> set[int]:
     """Returns the numbers of the files that a packed stack has frames in."""
     return {word >> 32 for word in _words(packed)[1:]}
@@ -140,8 +197,12 @@ def folded(stack: Stack, name: Name = placed, *, root: Sequence[str] = ()) -> st
         name: names its frames.
         root: what comes before it all, such as the process' name.
     """
-    names = lines(stack, name)
-    return ";".join(n.translate(_NOT_IN_FOLDED) for n in (*root, *reversed(names)))
+    return fold((*root, *reversed(lines(stack, name))))
+
+
+def fold(names: Iterable[str]) -> str:
+    """Returns names, outermost first, as one line for flamegraph.pl and speedscope."""
+    return ";".join(n.translate(_NOT_IN_FOLDED) for n in names)
 
 
 _NOT_IN_FOLDED = str.maketrans({";": ":", "\n": " ", "\r": " "})

@@ -13,9 +13,11 @@ const table = (value = "arg0"): AggregateTable => ({
   since: null,
   until: null,
   series: [],
+  frames: [],
+  hosts: [],
 });
 const row = (more: object): AggregateTable["rows"][number] => ({
-  key: [], key_status: [], count: 1, value: null, buckets: [], quantiles: {}, items: [], error: 0, bad: {}, ...more,
+  key: [], key_status: [], stacks: {}, count: 1, value: null, buckets: [], quantiles: {}, items: [], error: 0, bad: {}, ...more,
 });
 
 describe("figures", () => {

@@ -69,8 +69,20 @@ def _leaves(type_: Type, type_of: TypeOf, at: int, depth: int, left: Iterator[in
             element = type_of(type_.target)
             for i in range(min(math.prod(type_.counts), _MAX_LEAVES + 1)):
                 yield from _leaves(element, type_of, at + i * element.size, depth + 1, left)
+        case "variant" if type_.size == WORD_BYTES and _is_niche(type_, type_of, depth, left):
+            yield at, WORD_BYTES, False
         case _:
             raise _NotByRegisters
+
+
+def _is_niche(type_: Type, type_of: TypeOf, depth: int, left: Iterator[int]) -> bool:
+    """Whether a Rust enum is passed as the one pointer that a variant holds: ``Option<&T>``, ``Option<Box<T>>``."""
+    parts = [
+        list(_leaves(type_of(m.type), type_of, m.offset, depth + 1, left))
+        for m in type_.members
+        if m.name != "(discriminant)"
+    ]
+    return [p for p in parts if p] == [[(0, WORD_BYTES, False)]]
 
 
 def classes(type_: Type, type_of: TypeOf, language: Language) -> list[tuple[int, int, bool]] | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
+
+import msgspec
 
 from trapline.errors import NoDebugInfo, NotFound, SpecError, TraplineError, Unsupported
 from trapline.expressions import ARGUMENT, AT_RETURN, CONTEXT, XMM, register_named
@@ -15,6 +18,7 @@ from trapline.protocol.stacks import DEFAULT_DEPTH
 from trapline.tree import Call, Constant, Field, Index, Name, Operation, Tree, parse
 from trapline_agent.arch.x86_64 import ARGUMENT_REGISTERS, GO_REGISTERS, REGISTERS, RESULT_REGISTER
 from trapline_agent.capture import abi
+from trapline_agent.capture.compute import fits
 from trapline_agent.capture.places import Memory, Place, add, entered, entry, in_word, of_location, split
 from trapline_agent.capture.typed import (
     DEFAULT_STRING_BYTES,
@@ -33,11 +37,12 @@ from trapline_agent.capture.typed import (
     of_word,
     redacted,
     shown,
+    smart,
     text,
 )
 from trapline_agent.capture.typed import field as field_of
 from trapline_agent.debuginfo.model import DebugInfo, Function, Location, Scope, Type, TypeRef, Variable
-from trapline_agent.patterns import compile_pattern
+from trapline_agent.patterns import steps
 from trapline_agent.plans import (
     Bits,
     Bytes,
@@ -50,21 +55,23 @@ from trapline_agent.plans import (
     Names,
     Op,
     Register,
+    Symbol,
     Text,
     Value,
     Xmm,
 )
 
 _T = TypeVar("_T")
-_AT_HIT = ("pid", "tid", "comm", "exe", "uid", "cgroup", "cpu", "ts")
-_TEXTS = ("comm", "exe", "cgroup")
+_AT_HIT = ("pid", "tid", "comm", "exe", "uid", "cgroup", "container", "cpu", "ts")
+_TEXTS = ("comm", "exe", "cgroup", "container")
 _NOT_YET = {
-    "container": "`cgroup` has the container's id in it",
-    "errno": "capture `retval`",
     "traceparent": "capture what the program keeps it in",
 }
+_INTERNET = ("in_addr", "in6_addr")
 _ALONE = "a stack is captured whole: nothing can be computed of it"
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_INT = Type("base", "int", 4, encoding="signed")
+_SOCKADDR_IN, _SOCKADDR_IN6 = 16, 28
 _U64 = Type("base", "u64", 8)
 _CLONES = (".isra.", ".constprop.", ".part.")
 """Of symbols: gcc gave the function other parameters than it was written with (gcc, -fipa-sra, -fipa-cp)."""
@@ -90,6 +97,8 @@ class Site:
     """``host func file line buildid``, as far as they are known."""
     arguments: tuple[tuple[Type, Location], ...] | None = None
     """Of a USDT probe, as its note has them; None: a function's, by the ABI."""
+    errno: Memory | None = None
+    """Where the thread's errno is: known in the C library's own file."""
     words: bool = False
     """Texts and numbers of several functions share a column: what has no explicit type there is captured as a word."""
     redact: Callable[[Collection[str]], bool] = lambda names: False
@@ -105,6 +114,8 @@ class Plain:
 
 
 Operand = Plain | Thing
+_MAX_STEPS = 1 << 20
+"""Of regular expressions at a trap: about 10 ms, for the worst pattern in the worst text."""
 _NUMBERS = ("u64", "i64", "f64", "bool")
 
 
@@ -118,12 +129,14 @@ class Compiler:
         self._types = Types(site.debug, [v.type for v in variables])
         self._entry = False
         """Inside of ``entry(...)``."""
+        self._steps = 0
+        """That all regular expressions of a hit may take."""
 
     # --- what is asked for
 
     def column(self, expression: str, name: str = "") -> tuple[str, Value]:
         """Returns a captured value: its column type and what computes it."""
-        kind, value = self._checked(expression, self._column)
+        kind, value = self._checked(expression, lambda tree: _sendable(*self._column(tree)))
         if name and self._site.redact((name,)):
             return kind, Missing(ValueStatus.REDACTED)
         return kind, value
@@ -133,6 +146,8 @@ class Compiler:
             case Call(function="ustack", arguments=arguments):
                 (depth,) = [a.value for a in arguments if isinstance(a, Constant)] or [DEFAULT_DEPTH]
                 return "stack", Frames(int(depth))
+            case Call(function="sym", arguments=(address,)):
+                return "stack", Symbol(self._address(self._operand(address)))
             case Field(of=Name(id="ctx"), name="caller"):
                 return "stack", self._caller()
             case Name(id="caller") if self._variable("caller") is None:
@@ -145,7 +160,7 @@ class Compiler:
 
     def condition(self, expression: str) -> Value:
         """Returns a condition: a bool."""
-        return self._checked(expression, lambda tree: self._truth(self._operand(tree)))
+        return self._checked(expression, lambda tree: _sendable("bool", self._truth(self._operand(tree)))[1])
 
     def _checked(self, expression: str, compile_: Callable[[Tree], _T]) -> _T:
         self._at = 0
@@ -162,6 +177,9 @@ class Compiler:
 
     def _operand(self, tree: Tree) -> Operand:
         operand = self._compiled(tree)
+        if any(not fits(v) for v in _values(operand)):
+            # (An index or a condition is needed at several places of what is made of it, and that multiplies.)
+            raise SpecError("what this would compute at each hit is too much", hint="capture parts of it")
         self._at = tree.at  # what is said of the operand from here on is said of it as a whole
         return operand
 
@@ -295,6 +313,9 @@ class Compiler:
     def _unless_hidden(self, word: Value) -> Value:
         """Returns a word, or nothing where debug information says that it is a value that must not be seen."""
         scope = self._site.scope
+        if self._site.kind is ProbeKind.RETURN and not self._entry and word in self._hidden_result():
+            return Missing(ValueStatus.REDACTED)
+        # (Also at a return: what a short function was given is often there still.)
         for variable, where in self._variables(scope) if scope is not None else ():
             known = self._types.of(variable.type)
             if self._site.redact({variable.name, known.name, known.alias} - {""}):
@@ -306,6 +327,17 @@ class Compiler:
                 if held:
                     return Missing(ValueStatus.REDACTED)
         return word
+
+    def _hidden_result(self) -> list[Value]:
+        """Returns the registers of a result that must not be seen."""
+        scope = self._site.scope
+        if scope is None or scope.function.returns is None:
+            return [Register(RESULT_REGISTER)] if self._site.redact(("retval",)) else []
+        type_ = self._types.of(scope.function.returns)
+        if not self._site.redact({"retval", type_.name, type_.alias} - {""}):
+            return []
+        place = abi.result(type_, self._type_of, scope.function.language)
+        return [] if isinstance(place, Memory) else [word for _, _, word in place.words]
 
     def _retval(self) -> Operand:
         scope = self._site.scope
@@ -324,6 +356,14 @@ class Compiler:
             return Plain("str" if name in _TEXTS else "u64", Context(name))
         if name == "caller":
             raise SpecError(_ALONE, hint="capture `caller` as it is")
+        if name == "errno":
+            if self._site.errno is None:
+                raise Unsupported(
+                    f"`errno` is known in the functions of the C library, and not in {self._site.module}",
+                    hint="probe the function that sets it, at its return: `ur:libc.so.6:open {retval, errno}`",
+                    reason="NoErrno",
+                )
+            return Thing(_INT, self._site.errno)
         if name in _NOT_YET:
             raise Unsupported(
                 f"not in this release: the value `{name}`", hint=_NOT_YET[name], reason="NotInThisRelease"
@@ -337,7 +377,7 @@ class Compiler:
 
     def _register(self, name: str) -> Operand:
         if XMM.fullmatch(name):
-            return Plain("f64", Bits(Xmm(int(name.removeprefix("xmm"))), 0, 64, "f"))
+            return Plain("f64", Bits(self._unless_hidden(Xmm(int(name.removeprefix("xmm")))), 0, 64, "f"))
         if name not in REGISTERS:
             raise Unsupported(f"`reg.{name}` cannot be captured on x86-64", reason="Operand")
         return Plain("u64", self._unless_hidden(Register(name)))
@@ -371,10 +411,15 @@ class Compiler:
             return self._entered(arguments[0])
         if function == "ustack":
             raise SpecError(_ALONE, hint="capture `ustack()` as it is")
-        if function == "ip":
+        if function == "sym":
+            raise SpecError("a symbol is captured whole: nothing can be computed of it", hint="compare the address")
+        if function == "ip" and not arguments:
             return Plain("u64", Here(0))
         operands = [self._operand(a) for a in arguments]
         match function:
+            case "ip":
+                self._at = arguments[0].at
+                return Plain("str", self._internet(operands[0]))
             case "str":
                 limit = DEFAULT_STRING_BYTES
                 if len(operands) == 2 and isinstance(arguments[1], Constant):
@@ -401,11 +446,18 @@ class Compiler:
                 assert isinstance(pattern, Constant)
                 assert isinstance(pattern.value, bytes)
                 self._at = pattern.at
-                compile_pattern(pattern.value)
+                steps(pattern.value, 0)  # whether it is one is said first
                 self._at = arguments[0].at
-                return Plain(
-                    "bool", Op("matches", (self._text(operands[0], MAX_STRING_BYTES, says=True), Const(pattern.value)))
-                )
+                subject = self._text(operands[0], MAX_STRING_BYTES, says=True)
+                self._at = pattern.at
+                self._steps += steps(pattern.value, subject.limit if isinstance(subject, Text) else MAX_STRING_BYTES)
+                if self._steps > _MAX_STEPS:
+                    raise SpecError(
+                        "looking for this in so long a text may stop the thread for too long",
+                        hint="a shorter pattern, or less of the text: `matches(str(p, 200), ...)`",
+                        reason="Regex",
+                    )
+                return Plain("bool", Op("matches", (subject, Const(pattern.value))))
             case "cast":
                 wanted = arguments[1]
                 assert isinstance(wanted, Constant)
@@ -429,6 +481,11 @@ class Compiler:
             operand = self._operand(tree)
         finally:
             self._entry = False
+        if _uses(operand.value if isinstance(operand, Plain) else operand.place, Context):
+            raise SpecError(
+                "what a hit knows is captured as it is: of the entry only what the program has there can be asked",
+                hint="write it without `entry(...)`",
+            )
         if isinstance(operand, Plain):
             if _uses(operand.value, Xmm):
                 raise Unsupported(
@@ -572,6 +629,7 @@ class Compiler:
                 operand = followed(operand, self._types)
             if operand.type.kind == "array":
                 return "u64", self._address(operand)
+            operand = smart(operand, self._types) or operand
             if not is_scalar(operand.type):
                 raise SpecError(f"{described(operand.type)} is no number")
             return kind_of_number(operand.type), number(operand)
@@ -587,12 +645,43 @@ class Compiler:
 
     def _address(self, operand: Operand) -> Value:
         """Returns an address: of a pointer where it points to, of an array or a struct where it is."""
+        if isinstance(operand, Thing):
+            operand = smart(operand, self._types) or operand
         if isinstance(operand, Thing) and operand.type.kind not in ("base", "enum", "pointer", "reference"):
             place = operand.place
             if isinstance(place, Memory):
                 return place.address()
             raise SpecError(f"{described(operand.type)} is in registers there: it has no address")
         return self._integer(operand)
+
+    def _internet(self, operand: Operand) -> Value:
+        """Returns the text of an internet address: by the type, or of what has none by the family that a sockaddr has."""
+        if isinstance(operand, Thing):
+            outer = followed(operand, self._types)
+            place, size = outer.place, outer.type.size
+            if outer.type.kind == "base" and size == 4:
+                return Op("ip", (number(outer),))
+            if outer.type.name == "in_addr" and not isinstance(place, Memory):
+                return Op("ip", (place.fetch(4, "u"),))
+            if (
+                isinstance(place, Memory)
+                and (outer.type.kind == "array" or outer.type.name in _INTERNET)
+                and size in (4, 16)
+            ):
+                return Op("ip", (Bytes(place.address(), Const(size), size),))
+            if isinstance(place, Memory) and outer.type.name.startswith("sockaddr"):
+                return _sockaddr(place)
+            if operand.type.kind == "pointer" and outer.type.kind == "void":
+                return _sockaddr(Memory(number(operand)))
+            raise SpecError(
+                f"{described(outer.type)} is no internet address",
+                hint="of the 4 or 16 bytes at an address: `ip(buf(p, 4))`",
+            )
+        if operand.kind in ("str", "bytes"):
+            return Op("ip", (operand.value,))
+        if isinstance(operand.value, Load) and operand.value.size == 4:
+            return Op("ip", (operand.value,))
+        return _sockaddr(Memory(*split(self._integer(operand))))
 
     def _text(self, operand: Operand, limit: int, *, says: bool = False) -> Value:
         if isinstance(operand, Plain):
@@ -618,10 +707,20 @@ class Compiler:
                 return operand.value
             zero: bool | int | float | bytes = b"" if operand.kind in ("str", "bytes") else 0
             return Op("ne", (operand.value, Const(zero)))
-        if is_scalar(operand.type):
+        if is_scalar(operand.type) or smart(operand, self._types) is not None:
             kind, value = self._number(operand)
             return value if kind == "bool" else Op("ne", (value, Const(0)))
         return Op("ne", (self._text(operand, 1), Const(b"")))
+
+
+def _sendable(kind: str, value: Value) -> tuple[str, Value]:
+    """Returns them, where all numbers in the value are of 64 bits."""
+    if fits(value):
+        try:
+            msgspec.msgpack.encode(value)
+        except OverflowError:
+            raise SpecError("it leads to an offset that does not fit 64 bits") from None
+    return kind, value
 
 
 def unified(one: str, other: str) -> str | None:
@@ -634,6 +733,13 @@ def unified(one: str, other: str) -> str | None:
     if kinds <= set(_NUMBERS):
         return "f64"
     return None
+
+
+def _sockaddr(place: Memory) -> Value:
+    """Returns the text of the address in a sockaddr: the family says how much of it there is (ip(7), ipv6(7))."""
+    is_v4 = Op("eq", (place.fetch(2, "u"), Const(socket.AF_INET)))
+    size = Op("if", (is_v4, Const(_SOCKADDR_IN), Const(_SOCKADDR_IN6)))
+    return Op("sockaddr", (Bytes(place.address(), size, _SOCKADDR_IN6),))
 
 
 def _constant(value: bool | int | float | bytes) -> Plain:
@@ -694,6 +800,14 @@ def _by_reference(type_: Type, variable: Variable, types: Types) -> bool:
         return True
     ops = variable.location.ops
     return variable.location.kind == "memory" and bool(ops) and ops[-1][0] == "deref"
+
+
+def _values(operand: Operand) -> list[Value]:
+    """Returns what an operand, or its place, is computed of."""
+    if isinstance(operand, Plain):
+        return [operand.value]
+    place = operand.place
+    return [place.base] if isinstance(place, Memory) else [word for _, _, word in place.words]
 
 
 def _uses(value: object, kind: type) -> bool:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import operator
 import os
+import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trapline.protocol.hits import ValueStatus
 from trapline.protocol.stacks import MAX_DEPTH as MAX_FRAMES
 from trapline.protocol.stacks import End
 from trapline_agent.arch.x86_64.registers import INDEX, RIP
+from trapline_agent.kernel.containers import container_of
 from trapline_agent.patterns import compile_pattern
 from trapline_agent.plans import (
     Bits,
@@ -31,6 +33,7 @@ from trapline_agent.plans import (
     Names,
     Op,
     Register,
+    Symbol,
     Text,
     Value,
     Xmm,
@@ -45,6 +48,8 @@ MAX_BYTES = 4096
 _BLOCK_BYTES = 1024
 """Fields of one struct that lie within so many bytes are read together."""
 _PROC_BYTES = 4096
+_WORD = 8
+_ONE_FRAME = int(End.LIMIT).to_bytes(_WORD, "little")
 
 Scalar = int | float | bytes
 """What a value is; a bool is an int."""
@@ -65,7 +70,7 @@ class NoValue(Exception):
 
 
 _NULL, _FAULT = NoValue(ValueStatus.NULL), NoValue(ValueStatus.FAULT)
-_NOT_COMPUTED = (ArithmeticError, ValueError, TypeError)
+_NOT_COMPUTED = (ArithmeticError, LookupError, ValueError, TypeError)
 
 
 class Hit:
@@ -99,6 +104,7 @@ class Values:
         condition: Value | None = None,
         floats: Floats | None = None,
         walk: Walk | None = None,
+        comms: Mapping[int, str] | None = None,
     ) -> None:
         """
         Args:
@@ -106,6 +112,7 @@ class Values:
             condition: whether to.
             floats: reads floating-point registers; none: they cannot be had.
             walk: takes stacks; none: they cannot be had.
+            comms: names of processes by pid: a value that is `comm` alone is that, and costs nothing; none: the thread's.
         """
         roots = [*values] if condition is None else [*values, condition]
         self._entries = list(dict.fromkeys(e.of for root in roots for e in _walk(root) if isinstance(e, Entry)))
@@ -114,6 +121,11 @@ class Values:
         self._cells = self._at_hit.cells
         functions = self._at_hit.functions
         self._functions = functions[: len(values)]
+        if comms is not None:
+            self._functions = [
+                (lambda hit: comms.get(hit.pid, "").encode()) if value == Context("comm") else function
+                for value, function in zip(values, self._functions, strict=True)
+            ]
         self._condition = None if condition is None else functions[-1]
 
     def keep(self, words: Sequence[int], memory: int) -> Kept:
@@ -165,7 +177,7 @@ def _walk(value: Value, *, into_entry: bool = True) -> Iterator[Value]:
 def parts(value: Value) -> tuple[Value, ...]:
     """Returns what a value is computed of."""
     match value:
-        case Load(base=of) | Bits(of=of) | Text(address=of) | Entry(of=of) | Names(of=of):
+        case Load(base=of) | Bits(of=of) | Text(address=of) | Entry(of=of) | Names(of=of) | Symbol(address=of):
             return (of,)
         case Bytes(address=of, size=size):
             return of, size
@@ -190,7 +202,7 @@ class _Compiled:
             v
             for root in roots
             for v in _walk(root, into_entry=False)
-            if isinstance(v, Load | Text | Bytes | Context | Frames)
+            if isinstance(v, Load | Text | Bytes | Context | Frames | Symbol)
         ]
         count = Counter(fetches)
         self._shared = {v for v, n in count.items() if n > 1}
@@ -267,6 +279,8 @@ class _Compiled:
                 return _CONTEXT.get(name) or _raising(ValueStatus.UNSUPPORTED)
             case Frames(depth=depth, skip=skip):
                 return _frames(self._walk, depth, skip)
+            case Symbol(address=address):
+                return _symbol(self._walk, self._function(address))
             case Entry(of=of):
                 return self._at_entry(of)
             case Names(of=of, names=names):
@@ -426,6 +440,24 @@ def _frames(walk: Walk | None, depth: int, skip: int) -> Function:
     return fetch
 
 
+def _symbol(walk: Walk | None, address: Function) -> Function:
+    if walk is None:
+        return _raising(ValueStatus.UNSUPPORTED)
+
+    def fetch(hit: Hit) -> bytes:
+        words = list(hit.words)
+        words[RIP] = address(hit)
+        if not words[RIP]:
+            raise _NULL
+        # The innermost frame of a thread that stood there.
+        packed = walk(hit.pid, words, hit.memory, 1, 0)
+        if len(packed) < 2 * _WORD or not int.from_bytes(packed[_WORD : 2 * _WORD], "little") >> 32:
+            raise _FAULT
+        return _ONE_FRAME + packed[_WORD : 2 * _WORD]
+
+    return fetch
+
+
 def _proc(path: str) -> bytes:
     """Reads a file of /proc about a process that is stopped."""
     try:
@@ -459,6 +491,10 @@ def _cgroup(hit: Hit) -> bytes:
     return _proc(f"/proc/{hit.pid}/cgroup").rpartition(b"0::")[2].partition(b"\n")[0]
 
 
+def _container(hit: Hit) -> bytes:
+    return container_of(_proc(f"/proc/{hit.pid}/cgroup")).encode()
+
+
 def _cpu(hit: Hit) -> int:
     """Where the thread ran last: field 39 of proc_pid_stat(5)."""
     return int(_proc(f"/proc/{hit.pid}/task/{hit.tid}/stat").rpartition(b")")[2].split()[36])
@@ -473,11 +509,31 @@ _CONTEXT: dict[str, Function] = {
     "exe": _exe,
     "uid": _uid,
     "cgroup": _cgroup,
+    "container": _container,
     "cpu": _cpu,
 }
 CONTEXT_NAMES = frozenset(_CONTEXT)
 
 # --- operations ------------------------------------------------------------------------------------------------------
+
+_FAMILIES = {int(socket.AF_INET): slice(4, 8), int(socket.AF_INET6): slice(8, 24)}
+"""Where a sockaddr has its address: ip(7), ipv6(7)."""
+
+
+def _ip(address: bytes | int) -> bytes:
+    """The text of 4 or 16 bytes, or of a word that holds 4."""
+    if isinstance(address, int):
+        address = address.to_bytes(4, "little")
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address).encode()
+
+
+def _sockaddr(data: bytes) -> bytes:
+    """The address in a sockaddr of IPv4 or IPv6, without its port."""
+    family = int.from_bytes(data[:2], "little")
+    if family not in _FAMILIES:
+        raise ValueError
+    return _ip(data[_FAMILIES[family]])
+
 
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "neg": operator.neg,
@@ -486,6 +542,8 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "invert": operator.invert,
     "len": len,
     "address": lambda n: n & MASK,
+    "ip": _ip,
+    "sockaddr": _sockaddr,
 }
 
 
@@ -560,15 +618,25 @@ def _operation(op: str, of: list[Function], trees: tuple[Value, ...]) -> Functio
 # --- what comes from elsewhere ---------------------------------------------------------------------------------------
 
 
-def wrong(value: Value, depth: int = 0) -> str:
-    """Returns why a value cannot be computed here, in a few words; an empty string where it can."""
-    nodes = 0
-    stack = [(value, 0)]
+def fits(*values: Value) -> bool:
+    """Whether the values of a program are of a size that is computed at a hit. Takes bounded time in any case."""
+    nodes, stack = 0, [(value, 0) for value in values]
     while stack:
         one, depth = stack.pop()
         nodes += 1
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            return "it is too large"
+            return False
+        stack += [(part, depth + 1) for part in parts(one)]
+    return True
+
+
+def wrong(value: Value) -> str:
+    """Returns why a value cannot be computed here, in a few words; an empty string where it can."""
+    if not fits(value):
+        return "it is too large"
+    stack = [value]
+    while stack:
+        one = stack.pop()
         match one:
             case Register(name=name) if name not in INDEX:
                 return f"no register `{name}`"
@@ -593,7 +661,7 @@ def wrong(value: Value, depth: int = 0) -> str:
                 return f"no `{name}`"
             case Op(op=op, of=of) if op not in OPERATIONS or not _fits(op, of):
                 return f"no operation `{op}` of {len(of)}"
-        stack += [(part, depth + 1) for part in parts(one)]
+        stack += parts(one)
     return ""
 
 

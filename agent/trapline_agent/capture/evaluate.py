@@ -20,7 +20,8 @@ from trapline_agent.plans import LATENCY, FetchPlan
 _WHOLE = bytes((End.LIMIT,))
 
 
-def _no_stack(pid: int, words: Sequence[int], memory: int, depth: int, skip: int) -> bytes:
+def no_stack(pid: int, words: Sequence[int], memory: int, depth: int, skip: int) -> bytes:
+    """Stands for ``Stacks.walk`` where no stack is asked for."""
     return b""
 
 
@@ -28,7 +29,7 @@ class Evaluator:
     """The fetches of one probe, compiled. Values come in the order of ``trapline.protocol.hits.schema``: all words, then
     all statuses."""
 
-    def __init__(self, fetches: Sequence[FetchPlan], walk: Walk = _no_stack) -> None:
+    def __init__(self, fetches: Sequence[FetchPlan], walk: Walk = no_stack) -> None:
         """``walk``: takes a stack, where one is captured."""
         self._fetches = [(INDEX[f.register], f.string, f.max_bytes, f.stack, f.skip) for f in fetches]
         self._walk = walk
@@ -66,7 +67,7 @@ class Evaluator:
         for register, is_string, limit, depth, skip in self._fetches:
             word = words[register]
             if depth:
-                text, status = _stack(self._walk(pid, words, memory, depth, skip))
+                text, status = stack_value(self._walk(pid, words, memory, depth, skip))
             elif not is_string:
                 values.append(word)
                 statuses.append(ValueStatus.OK)
@@ -89,7 +90,7 @@ Kept = tuple[int | tuple[bytes, ValueStatus], ...]
 class ReturnEvaluator:
     """The fetches of one return probe, compiled."""
 
-    def __init__(self, fetches: Sequence[FetchPlan], walk: Walk = _no_stack) -> None:
+    def __init__(self, fetches: Sequence[FetchPlan], walk: Walk = no_stack) -> None:
         """``walk``: takes a stack, where one is captured."""
         self._walk = walk
         self._at_entry = [(INDEX[f.register], f.string and not f.late, f.max_bytes) for f in fetches if f.entry]
@@ -137,7 +138,7 @@ class ReturnEvaluator:
         for index, register, is_string, limit, depth, skip in self._at_return:
             word = kept[index] if index >= 0 else latency_ns if register < 0 else words[register]
             if depth:
-                text, status = _stack(self._walk(pid, words, memory, depth, skip))
+                text, status = stack_value(self._walk(pid, words, memory, depth, skip))
             elif not is_string and isinstance(word, int):
                 values.append(word)
                 statuses.append(ValueStatus.OK)
@@ -153,7 +154,8 @@ class ReturnEvaluator:
         return values + statuses
 
 
-def _stack(packed: bytes) -> tuple[bytes, ValueStatus]:
+def stack_value(packed: bytes) -> tuple[bytes, ValueStatus]:
+    """Returns a packed stack with its status: one that could not be followed to its end is truncated."""
     return packed, ValueStatus.OK if packed[:1] <= _WHOLE else ValueStatus.TRUNCATED
 
 

@@ -14,6 +14,8 @@ from trapline_agent.plans import Bits, Const, Entry, Here, Load, Missing, Op, Re
 WORD_BYTES = 8
 _FIRST_XMM, _LAST_XMM = 17, 32
 """DWARF's numbers of xmm0 and xmm15: System V ABI, AMD64 supplement, figure 3.36."""
+_FS_BASE = 58
+"""The thread pointer, likewise."""
 _ALL = 1 << 40
 """Bytes: more than any value has."""
 
@@ -119,6 +121,8 @@ def register(number: int) -> Value:
     """Returns the register of DWARF's number."""
     if number < len(DWARF_REGISTERS):
         return Register(DWARF_REGISTERS[number])
+    if number == _FS_BASE:
+        return Register("fs_base")
     if _FIRST_XMM <= number <= _LAST_XMM:
         return Xmm(number - _FIRST_XMM)
     raise Unsupported(f"DWARF's register {number} cannot be captured", reason="NotInThisRelease")

@@ -10,6 +10,7 @@ from trapline.expressions import ARGUMENT
 from trapline.model import Aggregate, Capture, ProbeKind, ProbeSpec
 from trapline.tree import Call, Field, Name, parse, walk
 from trapline_agent.capture.compiler import Compiler, Site, unified
+from trapline_agent.capture.compute import fits
 from trapline_agent.plans import (
     CONTEXT,
     LATENCY,
@@ -57,7 +58,14 @@ def lower_aggregate(aggregate: Aggregate, max_keys: int) -> AggregatePlan:
 
 
 def require_numbers(aggregate: Aggregate, columns: Sequence[FetchPlan]) -> None:
-    """Refuses an aggregate of numbers whose value is none. Raises SpecError."""
+    """Refuses an aggregate of numbers whose value is none, and any of a stack. Raises SpecError."""
+    if aggregate.value and columns[-1].column == "stack":
+        raise SpecError(
+            f"{aggregate.function} is of a value, and `{aggregate.value}` is a stack",
+            hint=f"how often each was met: `-> count() by ({aggregate.value})`",
+            text=aggregate.value,
+            position=0,
+        )
     if aggregate.value and aggregate.function not in ("topk", "distinct") and columns[-1].column in ("str", "bytes"):
         raise SpecError(
             f"{aggregate.function} is of a number, and `{aggregate.value}` is a text",
@@ -90,6 +98,9 @@ def compiled(
     compiler = Compiler(site)
     columns = [(c.name, *compiler.column(c.text, c.name)) for c in captures]
     holds = compiler.condition(condition) if condition else None
+    roots = [value for _, _, value in columns] + ([] if holds is None else [holds])
+    if not fits(*roots):
+        raise SpecError("what the probe would compute at each hit is too much", hint="capture less, or in two probes")
     plain = [_plain(*column) or (_context(*column) if aggregate else None) for column in columns]
     if holds is None and all(plain):
         return [p for p in plain if p], None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trapline.errors import NoDebugInfo, NotFound, SpecError, Unsupported
 from trapline.protocol.hits import ValueStatus
@@ -17,6 +18,7 @@ MAX_STRING_BYTES = 4096
 DEFAULT_STRING_BYTES = 64
 _MAX_MEMBERS = 4096
 _MAX_FOLLOWED = 32
+_MAX_NESTED = 8
 _MAX_REACHED = 4096
 VOID = Type("void", "void")
 
@@ -192,6 +194,90 @@ def followed(thing: Thing, types: Types) -> Thing:
     return thing
 
 
+_SMART = re.compile(r"(?:std::(?:__\w+::)?)?(?:unique_ptr|shared_ptr)<")
+_HELD = ("_M_ptr", "_M_head_impl", "__ptr_")
+"""What a smart pointer holds: libstdc++'s shared_ptr (bits/shared_ptr_base.h) and unique_ptr (bits/unique_ptr.h, in a
+tuple), libc++'s both."""
+
+
+def smart(thing: Thing, types: Types) -> Thing | None:
+    """Returns the plain pointer in a ``std::unique_ptr`` or ``std::shared_ptr``; None of other things."""
+    if thing.type.kind == "reference":
+        thing = Thing(types.of(thing.type.target), Memory(number(thing)))
+    if thing.type.kind not in ("class", "struct") or not _SMART.match(thing.type.name):
+        return None
+    level = [(thing.type, 0)]
+    for _ in range(_MAX_NESTED):
+        inner: list[tuple[Type, int]] = []
+        for one, at in level:
+            for member in one.members:
+                type_ = types.of(member.type)
+                if member.name in _HELD and type_.kind == "pointer":
+                    return Thing(type_, thing.place.part(at + member.offset))
+                if type_.kind in ("class", "struct"):
+                    inner.append((type_, at + member.offset))
+        level = inner[:_MAX_FOLLOWED]
+    return None
+
+
+def _generic(type_: Type) -> str:
+    """Returns a generic type's name without its namespaces: ``Vec`` of ``alloc::vec::Vec<u8, ...>``."""
+    return type_.name.partition("<")[0].rpartition("::")[2]
+
+
+def variant(thing: Thing, name: str, types: Types) -> Thing | None:
+    """Returns the content of one variant of a Rust enum; None where it has none of that name. What is asked of a variant
+    that a value is not is ``null``."""
+    content = next((m for m in thing.type.members if m.name == name), None)
+    if content is None:
+        return None
+    tag = _discriminant(thing, types)
+    inner = Thing(types.of(content.type), thing.place.part(content.offset))
+    if tag is None:
+        return inner
+    known = dict(thing.type.enumerators)
+    if name in known:
+        holds: Value = Op("eq", (tag, Const(known[name])))
+    else:
+        others = tuple(Op("ne", (tag, Const(value))) for value in known.values())
+        holds = Op("all", others)
+    return replace(inner, place=_only_if(holds, inner, types))
+
+
+def _only_if(holds: Value, thing: Thing, types: Types) -> Place:
+    if isinstance(thing.place, Memory):
+        there = Op("if", (holds, thing.place.address(), Missing(ValueStatus.NULL)))
+        return Memory(there)
+    words = tuple(
+        (at, size, Op("if", (holds, word, Missing(ValueStatus.NULL)))) for at, size, word in thing.place.words
+    )
+    return Pieces(words, thing.place.offset)
+
+
+_DISCRIMINANT = "(discriminant)"
+
+
+def _discriminant(thing: Thing, types: Types) -> Value | None:
+    """Returns what tells the variants apart; None where there is one alone."""
+    tag = next((m for m in thing.type.members if m.name == _DISCRIMINANT), None)
+    return None if tag is None else number(Thing(types.of(tag.type), thing.place.part(tag.offset)))
+
+
+def _optional(thing: Thing, types: Types) -> Thing | None:
+    """Returns what a Rust ``Option`` holds; None of other things."""
+    if thing.type.kind == "variant" and _generic(thing.type) == "Option":
+        some = variant(thing, "Some", types)
+        return None if some is None else _member(some, "__0", types)
+    return None
+
+
+def _member(thing: Thing, name: str, types: Types) -> Thing | None:
+    for member, at in members(thing.type, types):
+        if member.name == name:
+            return Thing(types.of(member.type), thing.place.part(at), (member.bit_offset, member.bit_size))
+    return None
+
+
 def members(type_: Type, types: Types) -> Iterator[tuple[Member, int]]:
     """Yields members and their offsets, outer ones first: those of anonymous members and of base classes are the outer
     one's too."""
@@ -219,15 +305,21 @@ def field(thing: Thing, name: str, types: Types) -> Thing:
     """
     outer = followed(thing, types)
     if outer.type.kind == "variant":
-        raise Unsupported(
-            f"{described(outer.type)} is one of several variants: its fields cannot be captured",
-            reason="NotInThisRelease",
+        if (content := variant(outer, name, types)) is not None:
+            return content
+        if (held := _optional(outer, types)) is not None:
+            return field(held, name, types)
+        there = [m.name for m in outer.type.members if m.name != _DISCRIMINANT]
+        near = difflib.get_close_matches(name, there, cutoff=0.5)
+        raise NotFound(
+            f"{described(outer.type)} has no variant `{name}`", suggestions=near, hint=f"it has {', '.join(there[:12])}"
         )
     if outer.type.kind not in ("struct", "class", "union"):
         raise SpecError(f"{described(outer.type)} has no fields: `.{name}`")
-    for member, at in members(outer.type, types):
-        if member.name == name:
-            return Thing(types.of(member.type), outer.place.part(at), (member.bit_offset, member.bit_size))
+    if (found := _member(outer, name, types)) is not None:
+        return found
+    if (pointer := smart(outer, types)) is not None:
+        return field(pointer, name, types)
     there = [m.name for m, _ in members(outer.type, types) if m.name and not m.base]
     if not there and not outer.type.size:
         raise NotFound(f"{described(outer.type)} is only declared in this file: its fields are not known")
@@ -243,7 +335,8 @@ def element(thing: Thing, index: Value, types: Types) -> Thing:
     Raises:
         SpecError: there are no elements, or not so many.
     """
-    if thing.type.kind == "reference":
+    reference = thing.type.kind == "reference"
+    if reference or (thing.type.kind == "pointer" and _generic(types.of(thing.type.target)) == "Vec"):  # Rust's &Vec
         thing = Thing(types.of(thing.type.target), Memory(number(thing)))
     fixed = index.value if isinstance(index, Const) and isinstance(index.value, int) else None
     if thing.type.kind == "array":
@@ -267,8 +360,10 @@ def element(thing: Thing, index: Value, types: Types) -> Thing:
         if fixed is not None and inner.size:
             return Thing(inner, Memory(base, fixed * inner.size))
     elif (parts := _slice(thing, types)) is not None:
-        pointer, _ = parts
-        return element(pointer, index, types)
+        pointer, size_ = parts
+        within = Op("all", (Op("ge", (index, Const(0))), Op("lt", (index, size_))))
+        there = of_word(Op("if", (within, number(pointer), Missing(ValueStatus.FAULT))), pointer.type)
+        return element(there, index, types)
     else:
         raise SpecError(f"{described(thing.type)} has no elements")
     if not inner.size:
@@ -385,24 +480,58 @@ def _libcxx_string(place: Memory, limit: int) -> Value:
     return Bytes(pointer, length, limit)
 
 
-def _slice(thing: Thing, types: Types) -> tuple[Thing, Thing] | None:
-    """Returns pointer and length of a Go or Rust slice."""
-    if thing.type.kind != "struct":
+def _slice(thing: Thing, types: Types) -> tuple[Thing, Value] | None:
+    """Returns pointer and length of a Go or Rust slice, a Rust ``Vec``, a ``std::vector``."""
+    if thing.type.kind not in ("struct", "class"):
         return None
     there = {m.name for m, _ in members(thing.type, types)}
     for pointer, length in (("array", "len"), ("data_ptr", "length")):
         if pointer in there and length in there:
-            return field(thing, pointer, types), field(thing, length, types)
+            return field(thing, pointer, types), number(field(thing, length, types))
+    if {"buf", "len"} <= there and _generic(thing.type) == "Vec":
+        return _vec(thing, types)
+    for first, last in ((("_M_impl", "_M_start"), ("_M_impl", "_M_finish")), (("__begin_",), ("__end_",))):
+        if first[0] in there and "vector<" in thing.type.name:
+            begin, end = _path(thing, first, types), _path(thing, last, types)
+            if begin.type.kind == "pointer" and end.type.kind == "pointer":  # vector<bool> has bits
+                size = types.of(begin.type.target).size
+                return begin, Op("floordiv", (Op("sub", (number(end), number(begin))), Const(max(1, size))))
     return None
+
+
+def _vec(thing: Thing, types: Types) -> tuple[Thing, Value] | None:
+    """Of a Rust ``Vec``, whose pointer is one to bytes: the type is in the name alone."""
+    buffer = field(thing, "buf", types)
+    path = _first_pointer(buffer.type, types)
+    if path is None:
+        return None
+    pointer, count = _path(buffer, path, types), number(field(thing, "len", types))
+    inside = thing.type.name.partition("<")[2]
+    try:
+        of = types.named(_first_argument(inside))
+    except NotFound:
+        of = VOID
+    return of_word(number(pointer), types.pointer_to(of)), count
+
+
+def _first_argument(text: str) -> str:
+    depth = 0
+    for i, letter in enumerate(text):
+        if depth == 0 and letter in ",>":
+            return text[:i]
+        depth += (letter in "<([") - (letter in ">)]")
+    return text
 
 
 def length(thing: Thing, types: Types) -> Value | None:
     """Returns the length of a string with a length, of a slice, of an array; None where there is none."""
-    outer = followed(thing, types) if thing.type.kind == "reference" else thing
+    outer = followed(thing, types)
     if (names := _sized(outer.type, types)) is not None:
         return number(_path(outer, names[1], types))
     if (parts := _slice(outer, types)) is not None:
-        return number(parts[1])
+        return parts[1]
+    if (count := _map_count(outer, types)) is not None:
+        return count
     if (
         outer.type.kind == "array"
         and outer.type.counts
@@ -410,6 +539,18 @@ def length(thing: Thing, types: Types) -> Value | None:
         and not is_character(types.of(outer.type.target))
     ):
         return Const(outer.type.counts[0])
+    return None
+
+
+_MAPS = {"count": "hash<", "used": "map<"}
+"""Go's: runtime/map.go, hmap; internal/runtime/maps, Map."""
+
+
+def _map_count(thing: Thing, types: Types) -> Value | None:
+    if thing.type.kind == "struct":
+        for name, begins in _MAPS.items():
+            if thing.type.name.startswith(begins) and (found := _member(thing, name, types)) is not None:
+                return number(found)
     return None
 
 
@@ -432,6 +573,12 @@ def shown(thing: Thing, types: Types) -> tuple[str, Value]:
         return "str", string
     if thing.type.kind == "reference":
         return shown(Thing(types.of(thing.type.target), Memory(number(thing))), types)
+    if (pointer := smart(thing, types)) is not None:
+        return shown(pointer, types)
+    if (held := _optional(thing, types)) is not None:
+        return shown(held, types)
+    if thing.type.kind == "variant" and (tag := _discriminant(thing, types)) is not None:
+        return "str", _variant_name(thing, tag)
     if thing.type.kind == "enum":
         names = tuple((value, name.encode()) for name, value in thing.type.enumerators)
         return ("str", Names(number(thing), names)) if names else (kind_of_number(thing.type), number(thing))
@@ -445,6 +592,17 @@ def shown(thing: Thing, types: Types) -> tuple[str, Value]:
     if thing.type.kind == "array":
         raise SpecError("it is an array: choose an element, `a[0]`, or take its bytes, `buf(a, n)`")
     raise Unsupported(f"{described(thing.type)} cannot be captured", reason="NotInThisRelease")
+
+
+def _variant_name(thing: Thing, tag: Value) -> Value:
+    """Returns the name of the variant that a value is."""
+    known = {name for name, _ in thing.type.enumerators}
+    names = tuple((value, name.encode()) for name, value in thing.type.enumerators)
+    other = next((m.name for m in thing.type.members if m.name not in known and m.name != _DISCRIMINANT), None)
+    if other is None:
+        return Names(tag, names)
+    any_known = Op("any", tuple(Op("eq", (tag, Const(value))) for value, _ in names))
+    return Op("if", (any_known, Names(tag, names), Const(other.encode())))
 
 
 def redacted(thing: Thing) -> Thing:

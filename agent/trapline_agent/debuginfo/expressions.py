@@ -41,6 +41,9 @@ _GONE: Final = frozenset((0xA0, 0xA3, 0xF2, 0xF3, 0xFA, 0xFD))
 a caller's frame, or is no longer anywhere."""
 _TYPED: Final = frozenset((0xA4, 0xA5, 0xA6, 0xA7, 0xA8, 0xA9, 0xF4, 0xF5, 0xF6, 0xF7, 0xF9))
 
+_FS_BASE: Final = 58
+"""DWARF's number of the thread pointer: System V ABI, AMD64 supplement, figure 3.36."""
+
 OPTIMISED_OUT: Final = Location("optimised-out")
 
 
@@ -66,6 +69,9 @@ class Frame(Protocol):
 
     def indexed(self, step: Step) -> int | None:
         """The address or constant of an operation that has its index."""
+
+    def thread_block(self) -> int | None:
+        """How far below the thread pointer the file's thread-local variables begin; None where the loader decides it."""
 
     def implicit(self, step: Step) -> bytes:
         """The bytes of a DW_OP_implicit_value."""
@@ -184,7 +190,10 @@ class _Program:
         elif atom == _IMPLICIT_VALUE:
             self._done = constant(self._frame.implicit(step))
         elif atom in (_TLS, _GNU_TLS):
-            raise _Unsupported("a thread's own variable")
+            block = self._frame.thread_block()
+            if block is None or not self._ops:
+                raise _Unsupported("a thread's own variable of a library")
+            self._ops += [("reg", _FS_BASE), ("add", 0), ("plus", -block)]
         elif atom in _GONE:
             raise _Gone
         elif atom in _TYPED:

@@ -23,6 +23,7 @@ from trapline_agent.debuginfo import expressions, lineheader, names
 from trapline_agent.debuginfo.libdw import Attribute, Cfi, Die, Dwarf, Elf, Lines, Memory
 from trapline_agent.debuginfo.model import Function, LinePlace, Location, Op, Scope, Type, TypeRef, Variable
 from trapline_agent.debuginfo.types import TypeReader
+from trapline_agent.symbols.elf import ElfFile
 
 FORMAT: Final = 1
 """Of ``Index``; one of another format is made anew."""
@@ -98,6 +99,8 @@ class Reader:
         self._program = Elf(program)
         elf = self._elf = Elf(debug) if debug is not None else self._program
         self._segments = segments
+        self.thread_block = ElfFile(program, "the program").thread_block()
+        """See ``expressions.Frame``."""
         main = Dwarf(elf)
         other: _File | None = None
         if alternate is not None:
@@ -422,6 +425,8 @@ class Reader:
             die = chain[-1]
             if die.tag not in (dw.TAG_variable, dw.TAG_member) or any(d.tag in _SKIPPED for d in chain):
                 continue
+            if die.tag == dw.TAG_member and not die.flag(dw.AT_declaration):
+                continue  # a field; before DWARF 5 a class' static member is one that is declared (DWARF 4, 5.5.6)
             if names.is_called(name, self.qualified(die), die.string(dw.AT_linkage_name)):
                 named |= {_key(d): d for d in (die, *self._described(die, chain[0]))}
         known: Variable | None = None
@@ -698,6 +703,9 @@ class _Frame:
         address = value.address()
         return value.unsigned() if address is None else address
 
+    def thread_block(self) -> int | None:
+        return self._reader.thread_block
+
     def implicit(self, step: expressions.Step) -> bytes:
         return self._attribute.implicit_value(step) if self._attribute is not None else b""  # type: ignore[arg-type]
 
@@ -712,6 +720,9 @@ class _NoFrame:
         return None
 
     def indexed(self, step: expressions.Step) -> None:
+        return None
+
+    def thread_block(self) -> None:
         return None
 
     def implicit(self, step: expressions.Step) -> bytes:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from trapline.aggregates import Key, Part, Table, capacity_of, recorder
+import msgspec
+
+from trapline.aggregates import Key, Part, Table, capacity_of, recorder, stack_bytes
 from trapline.protocol import aggregates
 from trapline_agent.capture.compute import Floats, Scalar
 from trapline_agent.capture.evaluate import Kept
 from trapline_agent.capture.values import compile_return_values, compile_values, part_of
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.plans import AggregatePlan, FetchPlan, Program
+from trapline_agent.unwind.walk import Stacks
 
 INTERVAL_S = 0.25
 """Between two frames of a probe, at least."""
+MAX_STACK_BYTES = 16 * 1024 * 1024
+"""Of the stacks in the keys of one store."""
 _NO_VALUE: Part = (None, 0)
 
 
@@ -37,6 +42,7 @@ class AggregateStore(HitRing):
         *,
         max_hits: int = 0,
         returns: bool = False,
+        stacks: Stacks | None = None,
         floats: Floats | None = None,
         on_data: Callable[[], None] = lambda: None,
         on_limit: Callable[[], None] = lambda: None,
@@ -46,25 +52,30 @@ class AggregateStore(HitRing):
             plan: what to do with each hit.
             fetches: the probe's columns, of which the first ``plan.by`` are its rows' key.
             comms: names of processes by pid; it may change.
-            max_hits, returns, floats, on_data, on_limit: as of a ``HitRing``.
+            max_hits, returns, stacks, floats, on_data, on_limit: as of a ``HitRing``.
         """
         plain = all(f.register for f in fetches)
-        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs.
+        # Of the ring itself are the counters, what a call keeps for its return, and sites' programs. It has no rows, so
+        # that columns may be called alike, or as those that each row has.
+        own = [msgspec.structs.replace(f, name=str(i)) for i, f in enumerate(fetches)]
         super().__init__(
-            [f for f in fetches if f.entry] if plain else fetches,
+            [f for f in own if f.entry] if plain else own,
             max_hits=max_hits,
             returns=returns,
+            stacks=stacks,
             floats=floats,
             on_data=on_data,
             on_limit=on_limit,
         )
         self._plan = plan
+        self._stack_keys = tuple(i for i, f in enumerate(fetches[: plan.by]) if f.column == "stack")
+        self._stack_bytes = 0
+        """Of the keys that have a row."""
+        self.of_stacks = bool(self._stack_keys)
         self._keys = plan.by
         self._comms = comms
-        self._named = [i for i, f in enumerate(fetches) if f.name == "comm"]
-        """Columns that are the process' name, which costs a system call unless it is known."""
-        self._values = compile_values(fetches if plain and not returns else (), comms)
-        self._return_values = compile_return_values(fetches if plain and returns else (), comms)
+        self._values = compile_values(fetches if plain and not returns else (), comms, self._stacks.walk)
+        self._return_values = compile_return_values(fetches if plain and returns else (), comms, self._stacks.walk)
         self._record = recorder(plan.function, plan.parameters)
         self._known: set[Key] = set()
         self._table = self._new_table()
@@ -85,7 +96,7 @@ class AggregateStore(HitRing):
         key = values[: self._keys]
         if key in self._known:
             cell = self._table.cell(key)
-        elif len(self._known) < self._plan.max_keys:
+        elif len(self._known) < self._plan.max_keys and self._has_room(key):
             self._known.add(key)
             cell = self._table.cell(key)
         else:
@@ -98,6 +109,16 @@ class AggregateStore(HitRing):
             self._on_data()
         if self._max and self.hits == self._max:
             self._on_limit()
+
+    def _has_room(self, key: Key) -> bool:
+        """Takes the room that a new key's stacks need, if there is so much."""
+        if not self._stack_keys:
+            return True
+        size = stack_bytes(key, self._stack_keys)
+        if self._stack_bytes + size > MAX_STACK_BYTES:
+            return False
+        self._stack_bytes += size
+        return True
 
     @property
     def due(self) -> float:
@@ -115,9 +136,7 @@ class AggregateStore(HitRing):
         return record
 
     def record(self, site: int, ts: int, pid: int, tid: int, values: Sequence[tuple[Scalar, int]]) -> None:
-        parts = [part_of(value, status) for value, status in values]
-        for i in self._named:
-            parts[i] = (self._comms.get(pid, "").encode(), 0)
+        parts = [part_of(value, status, stack=i in self._stack_keys) for i, (value, status) in enumerate(values)]
         with self._lock:
             self._take(tuple(parts))
 
@@ -150,17 +169,22 @@ class AggregateStore(HitRing):
             begin_ns, self._begin_ns = self._begin_ns, time.time_ns()
             end_ns = max(begin_ns, self._begin_ns)
             drops, self._unreported = self._unreported, {}
+            seq, self._seq = self._seq, self._seq + table.count
         frames = aggregates.split(
             table.cells.items(),
             table.other,
             host=host,
             probe=probe,
             source=source,
-            seq=self._seq,
+            seq=seq,
             begin_ns=begin_ns,
             end_ns=end_ns,
             generation=generation,
             drops=drops,
+            of_stacks=self._stack_keys,
+            file=self._stacks.file,
         )
-        self._seq += sum(count for count, _ in frames)
         return frames
+
+    def _skip(self) -> None:
+        self._seq += 1

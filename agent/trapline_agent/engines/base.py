@@ -91,6 +91,15 @@ class Tally:
     """Only ever counts up, by the one thread that serves the process; other threads may read it at any time."""
 
 
+class Counter(NamedTuple):
+    """The semaphore of a USDT probe in one address space: see ``plans.Semaphore``."""
+
+    addr: int
+    file: FileKey
+    offset: int
+    """In the file."""
+
+
 @dataclass(frozen=True)
 class SiteRequest:
     """One instruction that is wanted in one process."""
@@ -110,6 +119,8 @@ class SiteRequest:
     """Where the engine counts its traps, whoever records them."""
     refusal: tuple[str, str] | None = None
     """(reason, message) where this mapping may not be armed: writable or shared."""
+    semaphore: Counter | None = None
+    """To be raised by one while it is armed. Whether it is mapped, ``Wanted.holds`` says."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,8 @@ class Wanted:
     """Whether the plan's instruction is (still) mapped at an address, by the same snapshot of the mappings."""
     places: Callable[[SitePlan], Sequence[int]] = lambda plan: ()
     """Where the plan's instruction is mapped, by the same snapshot."""
+    holds: Callable[[Counter], bool] = lambda counter: False
+    """Whether a counter lies in its file's own writable private mapping, by the same snapshot."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from trapline_agent.kernel import procfs, robust
 
 MAGIC = b"TRAPJRNL"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 WATCH_OFFSET = 2048
 _HEADER = struct.Struct("=8sII16sQQI")
@@ -30,9 +30,11 @@ _HEADER = struct.Struct("=8sII16sQQI")
 _USED = struct.Struct("=I")
 _USED_OFFSET = 1024
 """Records beyond this many were never used."""
-RECORD = struct.Struct("=IiIIQQQQIBB16s16s10x")
-"""CRC of the rest (0: free), pid, space, minor, start time, address, inode, offset in the file, major, width, length,
-original, armed."""
+RECORD = struct.Struct("=IiIIQQQQIBB16s16sQx?")
+"""CRC of the rest but for the last byte (0: free), pid, space, minor, start time, address, inode, offset in the file, major,
+width, length, original, armed, address of the counter, whether that is raised."""
+_RAISED = RECORD.size - 1
+"""Of no CRC: one byte is written whole."""
 _CRC = struct.Struct("=I")
 _CHUNK = 512
 """Records by which the file grows."""
@@ -61,6 +63,10 @@ class Entry(NamedTuple):
     """The file's code from ``addr`` on, up to ``CONTEXT`` bytes."""
     armed: bytes
     """The same as it is in memory while it is changed, as far as this record goes."""
+    counter: int = 0
+    """Address of the semaphore that goes with it; 0: there is none."""
+    raised: bool = False
+    """Whether the semaphore is raised on its account. True: it is, and ``armed`` is in memory. False: it may be still."""
 
 
 class Contents(NamedTuple):
@@ -117,13 +123,16 @@ def parse(data: bytes, boot: bytes, namespace: int) -> Contents:
 
 
 def _entry(record: bytes) -> Entry | None:
-    crc, pid, space, minor, start, addr, inode, offset, major, width, length, original, armed = RECORD.unpack(record)
-    if crc != _crc(record[4:]) or pid <= 0 or not 0 < width <= length <= CONTEXT or addr + length > 1 << 63:
+    crc, pid, space, minor, start, addr, inode, offset, major, width, length, original, armed, counter, raised = (
+        RECORD.unpack(record)
+    )
+    if crc != _crc(record[4:_RAISED]) or pid <= 0 or not 0 < width <= length <= CONTEXT or addr + length > 1 << 63:
         return None
     original, armed = original[:length], armed[:length]
     if original[width:] != armed[width:]:
         return None
-    return Entry(pid, start, space, addr, (major, minor), inode, offset, width, original, armed)
+    raised = raised and record[_RAISED] == 1 and counter != 0
+    return Entry(pid, start, space, addr, (major, minor), inode, offset, width, original, armed, counter, raised)
 
 
 def _crc(body: bytes) -> int:
@@ -146,8 +155,10 @@ def pack(entry: Entry) -> bytes:
         len(entry.original),
         entry.original,
         entry.armed,
+        entry.counter,
+        entry.raised,
     )[4:]
-    return _CRC.pack(_crc(body)) + body
+    return _CRC.pack(_crc(body[:-1])) + body
 
 
 def header(boot: bytes, namespace: int) -> bytes:
@@ -232,6 +243,27 @@ class Space:
             self._journal._clear(record[0])
             if not self._records:
                 self._journal._hide(self)
+
+    def raised(self, addr: int, counter: int) -> None:
+        """Notes that a semaphore was raised for what is entered at an address. To be called after it was; where nothing is
+        entered, does nothing. Raises OSError: the journal has no room."""
+        if (record := self._records.get(addr)) is None:
+            return
+        number, entry = record
+        if entry.counter == counter:
+            self._journal._mark(number, True)
+            self._records[addr] = number, entry._replace(raised=True)
+            return
+        # The new one first: two that say the same of the code do no harm.
+        entry = entry._replace(counter=counter, raised=True)
+        self._records[addr] = self._journal._put(entry), entry
+        self._journal._clear(number)
+
+    def lowered(self, addr: int) -> None:
+        """Notes that a semaphore will be lowered, or is no more. To be called before it is."""
+        if (record := self._records.get(addr)) is not None:
+            self._journal._mark(record[0], False)
+            self._records[addr] = record[0], record[1]._replace(raised=False)
 
     def belongs_to(self, pid: int, start_time: int) -> None:
         """Notes which process has this memory."""
@@ -322,6 +354,11 @@ class Journal:
             chunk[at + 4 : at + RECORD.size] = record[4:]
             chunk[at : at + 4] = record[:4]
         return number
+
+    def _mark(self, number: int, raised: bool) -> None:
+        with self._lock:
+            chunk, at = self._place(number)
+            chunk[at + _RAISED] = raised
 
     def _clear(self, number: int) -> None:
         with self._lock:

@@ -3,6 +3,9 @@
 A record is of another time, and its process may be another one by now. So nothing is written but over the very bytes that
 the record says were written there, and only where that is the same place still: by a descriptor of that very memory and the
 code around it (``restore``), or by the process' start time and the file that is mapped there (``restore_by_name``).
+
+Where a semaphore was raised on account of an instruction, it is lowered by whoever took the breakpoint out, after that
+(``lower``): since no raise is without its breakpoint, that is done once, or not at all.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from trapline_agent.engines.journal import Entry, device
 from trapline_agent.kernel import procfs
+from trapline_agent.plans import SEMAPHORE_BYTES
 from trapline_agent.targets import maps
 
 _DISTINCT = 8
@@ -101,7 +105,7 @@ def restore_by_name(entry: Entry, others: Claims) -> Outcome:
         # Again: the number may have become another's between the two.
         if procfs.start_time(entry.pid) != entry.start_time:
             return Outcome.GONE
-        if not _maps_it(entry):
+        if not _maps_it(entry, maps.read_maps(entry.pid)):
             return Outcome.OTHER
         return restore(entry, fd, others, known=True)
     except ProcessLookupError:
@@ -112,16 +116,52 @@ def restore_by_name(entry: Entry, others: Claims) -> Outcome:
         os.close(fd)
 
 
-def _maps_it(entry: Entry) -> bool:
-    return any(
-        m.start <= entry.addr < m.end and device(m.dev) == entry.dev and m.inode == entry.inode
-        for m in maps.executable_mappings(entry.pid)
-        if m.addr(entry.offset) == entry.addr
-    )
+def _maps_it(entry: Entry, text: bytes) -> bool:
+    return _is_in((m for m in maps.parse_maps(text) if m.addr(entry.offset) == entry.addr), entry, entry.addr)
+
+
+def lower(entry: Entry, fd: int = -1) -> bool:
+    """Lowers the semaphore that was raised on account of an entry, where the file's own data is still mapped there; that of
+    a process that maps something else, or whose semaphore is 0, is left alone. To be called once, by who has just taken the
+    breakpoint out (``RESTORED``), when the tracer is no more.
+
+    Args:
+        entry: the one that was restored.
+        fd: of its memory, as for ``restore``; by default it is opened by the process' number.
+
+    Returns:
+        Whether it was.
+    """
+    if not entry.raised:
+        return False
+    with contextlib.ExitStack() as opened:
+        try:
+            if procfs.start_time(entry.pid) != entry.start_time:
+                return False
+            if fd < 0:
+                fd = procfs.open_memory(entry.pid)
+                opened.callback(os.close, fd)
+                if procfs.start_time(entry.pid) != entry.start_time:
+                    return False
+            text = maps.read_maps(entry.pid)
+            if not _is_in(maps.parse_data(text), entry, entry.counter) or not _maps_it(entry, text):
+                return False
+            value = int.from_bytes(os.pread(fd, SEMAPHORE_BYTES, entry.counter), "little")
+            if value:
+                os.pwrite(fd, (value - 1).to_bytes(SEMAPHORE_BYTES, "little"), entry.counter)
+            return value > 0
+        except OSError:
+            return False  # it is gone, or nobody lets us: it stays raised
+
+
+def _is_in(mappings: Iterable[maps.Mapping], entry: Entry, addr: int) -> bool:
+    """Whether an address is in a mapping of an entry's file."""
+    return any(m.start <= addr < m.end and device(m.dev) == entry.dev and m.inode == entry.inode for m in mappings)
 
 
 def restore_all(entries: Iterable[Entry], kin_of: Iterable[Entry]) -> list[tuple[Entry, Outcome]]:
-    """``restore_by_name`` for each of ``entries``, and for children of ``kin_of`` that were forked and not entered any more.
+    """``restore_by_name`` and ``lower`` for each of ``entries``, and for children of ``kin_of`` that were forked and not
+    entered any more.
 
     A child that was born as the tracer died has its parent's bytes. It is looked for by its parent's number, which it has
     until that ends, and gets its own bytes back on the same conditions.
@@ -134,6 +174,9 @@ def restore_all(entries: Iterable[Entry], kin_of: Iterable[Entry]) -> list[tuple
         born = [e._replace(pid=pid, start_time=start, space=0) for e in group]
         others = claims(born)
         found += [(e, o) for e in born if (o := restore_by_name(e, others)) in (Outcome.RESTORED, Outcome.FAILED)]
+    for entry, outcome in found:
+        if outcome is Outcome.RESTORED:
+            lower(entry)
     return found
 
 

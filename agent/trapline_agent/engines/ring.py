@@ -8,8 +8,8 @@ hits = delivered + dropped at all times.
 from __future__ import annotations
 
 import itertools
+import logging
 import struct
-import sys
 import threading
 import time
 from collections import deque
@@ -20,20 +20,35 @@ import numpy as np
 import numpy.typing as npt
 
 from trapline.protocol.hits import INTERNED, Header, HitBatch, ValueStatus, row_dtype, row_format, schema
-from trapline.protocol.stacks import MAX_DEPTH, StackFile, numbers_of
+from trapline.protocol.stacks import StackFile, numbers_of
 from trapline_agent.capture.compute import MASK, Floats, Scalar, Values
 from trapline_agent.capture.evaluate import Evaluator, Kept, ReturnEvaluator
 from trapline_agent.plans import FetchPlan, Program
 from trapline_agent.unwind.walk import Stacks
+
+log = logging.getLogger(__name__)
 
 ROWS = 2048
 """Rows of a chunk: an agent flushes at 10 ms or 2,000 hits (docs: pipeline rule 2)."""
 CHUNKS = 64
 """Full chunks that wait to be drained: 131,072 hits."""
 OVERHEAD_SAMPLES = 256
-_STACK_BYTES = 512 << 10
-"""Of a chunk's different stacks, which have to fit a batch's header (``hits.MAX_HEADER_BYTES``)."""
+_TEXT_BYTES = 384 << 10
+"""Of a chunk's different texts and stacks, with which it takes no further row: with those of one row more they have to fit a
+batch's header (``hits.MAX_HEADER_BYTES``)."""
+_TEXT_HEAD = 5
+"""Bytes that msgpack puts before each."""
 _SIGN = 1 << 63
+
+
+class _Texts(list[bytes]):
+    """Texts, and how many bytes they take in a batch's header."""
+
+    size = 0
+
+    def append(self, text: bytes) -> None:
+        super().append(text)
+        self.size += len(text) + _TEXT_HEAD
 
 
 class _Chunk:
@@ -43,7 +58,7 @@ class _Chunk:
         self.seq = seq
         self.count = 0
         self.buffer = bytearray(ROWS * row_bytes)
-        self.strings: list[bytes] = []
+        self.strings = _Texts()
         self.interned: dict[bytes, int] = {}
 
 
@@ -74,9 +89,6 @@ class HitRing:
         self._stacks = stacks or Stacks()
         self.of_stacks = any(f.column == "stack" for f in fetches)
         """Whether its hits have stacks."""
-        depth = sum((f.stack or MAX_DEPTH) + 1 for f in fetches if f.column == "stack")
-        self._max_stacks = max(1, _STACK_BYTES // (8 * depth)) if depth else sys.maxsize
-        """Texts and stacks of one chunk; without stacks only its rows are counted."""
         self.columns = schema([(f.name, f.column) for f in fetches])
         self._dtype = row_dtype(self.columns)
         self._row = struct.Struct(row_format(self.columns))
@@ -85,6 +97,8 @@ class HitRing:
         self._evaluate_return = ReturnEvaluator(fetches if returns and plain else (), self._stacks.walk)
         self._types = [f.column for f in fetches]
         self._floats = floats
+        self._comms: Mapping[int, str] | None = None
+        """Names of processes by pid, where a value `comm` is to be that; None: it is the thread's."""
         self._max = max_hits
         self._returns = returns
         self._on_data = on_data
@@ -123,7 +137,10 @@ class HitRing:
         """Returns the ``ReturnSink`` that records calls of this site."""
         if program is None:
             return ReturnRecorder(self, site)
-        return ProgramReturns(self, site, Values(program.values, program.condition, self._floats, self._stacks.walk))
+        return ProgramReturns(self, site, self._compiled(program))
+
+    def _compiled(self, program: Program) -> Values:
+        return Values(program.values, program.condition, self._floats, self._stacks.walk, self._comms)
 
     def begin(self, words: Sequence[int], memory: int) -> Kept:
         """Counts a call; returns what it keeps for its return."""
@@ -145,7 +162,7 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
+            if chunk.count == ROWS or chunk.strings.size >= _TEXT_BYTES:
                 chunk = self._rotate()
             n = chunk.count
             values = self._evaluate_return.leave(words, memory, latency_ns, kept, chunk.interned, chunk.strings, pid)
@@ -164,17 +181,31 @@ class HitRing:
 
     def program_sink(self, site: int, program: Program) -> Callable[[int, int, int, Sequence[int], int], None]:
         """Returns the ``Sink`` that records what a program computes."""
-        values = Values(program.values, program.condition, self._floats, self._stacks.walk)
+        values = self._compiled(program)
         conditional = program.condition is not None
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
             hit = values.hit(ts, pid, tid, words, memory)
-            if conditional and not values.holds(hit):
-                self.filter()
-            else:
-                self.record(site, ts, pid, tid, values(hit))
+            try:
+                if conditional and not values.holds(hit):
+                    self.filter()
+                else:
+                    self.record(site, ts, pid, tid, values(hit))
+            except Exception:  # noqa: BLE001 - it is logged there
+                self.fail(pid)
 
         return record
+
+    def fail(self, pid: int) -> None:
+        """Counts a hit that could not be recorded, in an except clause: that is a bug of ours, and neither the hit's other
+        probes nor the thread are to feel it."""
+        with self._lock:
+            known = "tracer-capture" in self.drops
+            self.hits += 1
+            self._drop("tracer-capture", 1)
+            self._skip()
+        if not known:
+            log.exception("a hit in process %d could not be recorded; further ones are counted alone", pid)
 
     def filter(self) -> None:
         """Counts a hit of which the condition is not true."""
@@ -188,7 +219,7 @@ class HitRing:
                 self.limited += 1
                 return
             chunk = self._chunk
-            if chunk.count == ROWS or len(chunk.strings) >= self._max_stacks:
+            if chunk.count == ROWS or chunk.strings.size >= _TEXT_BYTES:
                 chunk = self._rotate()
             n = chunk.count
             row: list[int | float] = []
@@ -204,7 +235,11 @@ class HitRing:
                 elif isinstance(value, bytes):
                     row.append(0)
                 elif kind == "f64":
-                    row.append(float(value))
+                    try:
+                        row.append(float(value))
+                    except OverflowError:  # an integer of more than 1,024 bits
+                        row.append(0.0)
+                        status = int(ValueStatus.UNSUPPORTED)
                 else:
                     number = int(value)
                     packed = number & MASK if kind == "u64" else ((number + _SIGN) & MASK) - _SIGN
@@ -230,7 +265,7 @@ class HitRing:
         size = self._row.size
         capture = evaluate.words if not evaluate.has_strings else None
         maximum = self._max
-        most = self._max_stacks
+        most = _TEXT_BYTES
 
         def record(ts: int, pid: int, tid: int, words: Sequence[int], memory: int) -> None:
             with lock:
@@ -239,7 +274,7 @@ class HitRing:
                     return
                 chunk = self._chunk
                 n = chunk.count
-                if n == ROWS or (capture is None and len(chunk.strings) >= most):
+                if n == ROWS or (capture is None and chunk.strings.size >= most):
                     chunk = self._rotate()
                     n = 0
                 values = (
@@ -263,6 +298,12 @@ class HitRing:
             self._drop("tracer-ring", self._full.popleft().count)
         self._chunk = _Chunk(self._chunk.seq + self._chunk.count, self._row.size)
         return self._chunk
+
+    def _skip(self) -> None:
+        """Leaves out a number of the sequence. The caller has the lock."""
+        if self._chunk.count:
+            self._rotate()
+        self._chunk.seq += 1
 
     def _drop(self, stage: str, count: int) -> None:
         self.drops[stage] = self.drops.get(stage, 0) + count
@@ -374,7 +415,10 @@ class ProgramReturns:
     ) -> None:
         values = self._values
         hit = values.hit(ts, pid, tid, words, memory, latency_ns, kept)  # type: ignore[arg-type] # as ``enter`` made it
-        if values.holds(hit):
-            self._ring.record(self._site, ts, pid, tid, values(hit))
-        else:
-            self._ring.filter()
+        try:
+            if values.holds(hit):
+                self._ring.record(self._site, ts, pid, tid, values(hit))
+            else:
+                self._ring.filter()
+        except Exception:  # noqa: BLE001 - it is logged there
+            self._ring.fail(pid)

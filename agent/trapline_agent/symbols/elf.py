@@ -47,7 +47,9 @@ _DYN = np.dtype([("tag", "<i8"), ("value", "<u8")])
 _RELA = np.dtype([("offset", "<u8"), ("info", "<u8"), ("addend", "<i8")])
 
 _ET_EXEC, _ET_DYN, _EM_X86_64 = 2, 3, 62
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_GNU_EH_FRAME, _PF_X = 1, 2, 4, 0x6474_E550, 1
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS, _PT_GNU_EH_FRAME, _PF_X, _PF_W = 1, 2, 4, 7, 0x6474_E550, 1, 2
+_DT_FLAGS_1, _DF_1_PIE = 0x6FFF_FFFB, 0x0800_0000
+"""Set in programs that can be mapped anywhere, and in no library (ld(1), -pie)."""
 _SHT_SYMTAB, _SHT_NOTE, _SHT_NOBITS, _SHT_DYNSYM, _SHT_VERDEF, _SHT_VERSYM = 2, 7, 8, 11, 0x6FFF_FFFD, 0x6FFF_FFFF
 _R_X86_64_RELATIVE = 8
 _PC_RELATIVE_4 = 0x1B
@@ -138,6 +140,7 @@ class ElfFile:
             _EHDR.unpack(head)
         )
         self._section_names = names
+        self._kind = kind
         if ident[5] == 1 and (ident[4] != 2 or machine != _EM_X86_64):
             name = _MACHINES.get(machine, f"machine {machine}") if machine != _EM_X86_64 else "x32"
             raise Unsupported(f"{path} is {name} code; this release probes x86-64 alone", reason="Architecture")
@@ -265,6 +268,37 @@ class ElfFile:
     def file_offset(self, vaddr: int) -> int | None:
         """Returns the file offset of a virtual address in code."""
         return next((vaddr - s.vaddr + s.offset for s in self.segments if 0 <= vaddr - s.vaddr < s.filesz), None)
+
+    def thread_block(self) -> int | None:
+        """Returns how far below the thread pointer the program's thread-local variables begin; None where it has none, and
+        of a library: for those the loader chooses a place in each process.
+
+        The program's own block comes first below the thread pointer, its size made a multiple of its alignment (Drepper, ELF
+        Handling For Thread-Local Storage, 3.4.2 and variant II); the linker has built that into the code.
+        """
+        for row in self._segments[self._segments["type"] == _PT_TLS][:1]:
+            size, align, vaddr = int(row["memsz"]), max(1, int(row["align"])), int(row["vaddr"])
+            if not self._is_program() or align > PAGE or vaddr % align:
+                return None
+            return -(-size // align) * align
+        return None
+
+    def _is_program(self) -> bool:
+        if self._kind == _ET_EXEC:
+            return True
+        try:
+            return bool(self._dynamic().get(_DT_FLAGS_1, 0) & _DF_1_PIE)
+        except ResolveError:
+            return False
+
+    def data_offset(self, vaddr: int, size: int) -> int | None:
+        """Returns the file offset of a virtual address in data that the file itself has, ``size`` bytes of it; None where it
+        is none that a process can write, or memory that begins with zeros (.bss)."""
+        for row in self._segments[self._segments["type"] == _PT_LOAD]:
+            start, inside = int(row["vaddr"]), vaddr - int(row["vaddr"])
+            if int(row["flags"]) & _PF_W and start <= vaddr and inside + size <= int(row["filesz"]):
+                return inside + int(row["offset"])
+        return None
 
     # --- identity
 

@@ -397,11 +397,21 @@ class SymbolIndex:
         What has ``::`` or parameters is compared with demangled names.
         """
         if not _NEEDS_DEMANGLING.search(name):
-            return near_names(name, self._table.names, count)
+            return [*self._scoped(name, count), *near_names(name, self._table.names, count)][:count]
         which = self._mangled(())[:_MAX_DEMANGLED]
         texts = [self._table.names[i] for i in which]
         bare = demangle.demangle(texts, parameters="(" in name.replace("(anonymous", ""))
         return near_names(name, list(dict.fromkeys(b for b, t in zip(bare, texts, strict=True) if b != t)), count)
+
+    def _scoped(self, name: str, count: int) -> list[str]:
+        """Returns functions of that name in some namespace, as the source writes them: ``f`` is ``ns::f``."""
+        if not name.isidentifier():
+            return []
+        names = self._table.names
+        which = [i for i in names.containing(name.encode()) if names.raw(i)[:2] in (b"_Z", b"_R")]
+        which = which[:_MAX_DEMANGLED]
+        bare = demangle.demangle([names[i] for i in which], parameters=False)
+        return list(dict.fromkeys(b for b in bare if b.endswith(f"::{name}")))[:count]
 
     def not_found(self, name: str, module: str) -> NotFound:
         """Returns the error for a name that is not here, with what may have been meant; ``module`` is the file's name."""

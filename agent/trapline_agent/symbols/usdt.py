@@ -26,13 +26,14 @@ _WORD = 1 << 64
 
 _FAMILIES = ("ax", "dx", "cx", "bx", "si", "di", "bp", "sp")
 """By DWARF's numbers, System V ABI, figure 3.36."""
-_NUMBERED = re.compile(r"r(\d+)([dwb]?)")
+_NUMBERED = re.compile(r"r(\d{1,2})([dwb]?)", re.ASCII)
 _ARGUMENT = re.compile(r"(?:(?P<size>-?[1248])f?@)?(?P<where>\S+)")
 _MEMORY = re.compile(
     r"(?P<offset>[-+]?(?:0x[0-9a-fA-F]+|\d+)(?:[-+]\d+)*)?"
-    r"\((?P<base>%\w+)?(?:,(?P<index>%\w+)(?:,(?P<scale>[1248]))?)?\)"
+    r"\((?P<base>%\w+)?(?:,(?P<index>%\w+)(?:,(?P<scale>[1248]))?)?\)",
+    re.ASCII,
 )
-_NUMBER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)")
+_NUMBER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)", re.ASCII)
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -112,8 +113,8 @@ def _unsupported(text: str) -> Location:
 
 def _location(text: str) -> Location | None:
     if text.startswith("$"):
-        value = _NUMBER.fullmatch(text[1:])
-        return Location("value", (("const", int(value[0], 0)),)) if value else None
+        value = _number(text[1:]) if _NUMBER.fullmatch(text[1:]) else None
+        return Location("value", (("const", value),)) if value is not None else None
     if text.startswith("%"):
         register = _register(text)
         if register is None:
@@ -125,7 +126,10 @@ def _location(text: str) -> Location | None:
     memory = _MEMORY.fullmatch(text)
     if memory is None or not (memory["base"] or memory["index"]):
         return None
-    offset = sum(int(n, 0) for n in _NUMBER.findall(memory["offset"] or "0"))
+    terms = [_number(n) for n in _NUMBER.findall(memory["offset"] or "0")]
+    offset = sum(n or 0 for n in terms)
+    if None in terms or abs(offset) >= _WORD // 2:
+        return None
     ops: list[Op] = []
     if memory["base"] == "%rip" and not memory["index"]:
         return None  # relative to the instruction behind the probe; no compiler writes that
@@ -143,6 +147,17 @@ def _location(text: str) -> Location | None:
     if offset:
         ops += [("plus", offset)]
     return Location("memory", tuple(ops))
+
+
+def _number(text: str) -> int | None:
+    """Returns a number as the assembler writes it, with a leading 0 in octal; None where it is none, or not of 64 bits."""
+    digits = text.lstrip("+-")
+    try:
+        value = int(digits, 8 if len(digits) > 1 and digits[0] == "0" and digits[1] not in "xX" else 0)
+    except ValueError:
+        return None
+    value = -value if text.startswith("-") else value
+    return value if -_WORD // 2 <= value < _WORD else None
 
 
 def _is_whole(name: str) -> bool:

@@ -6,10 +6,11 @@ taken apart.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from trapline_agent.plans import FileKey
@@ -20,10 +21,14 @@ _MAX_TASKS = 16
 _EXECUTABLE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (..x.) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*)[ ]*(.*)$", re.MULTILINE
 )
+# Writable and private, of a file: its data, as the process has it.
+_DATA = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (.w.p) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*)[ ]*(.*)$", re.MULTILINE
+)
 
 
 class Mapping(NamedTuple):
-    """One executable mapping of a file."""
+    """One mapping of a file: executable, or of its data."""
 
     start: int
     end: int
@@ -93,6 +98,22 @@ def read_maps(pid: int) -> bytes:
 def parse_maps(text: bytes) -> list[Mapping]:
     """Returns the executable file mappings in a maps text, by address."""
     return [_mapping(m) for m in _EXECUTABLE.finditer(text)]
+
+
+def parse_data(text: bytes) -> list[Mapping]:
+    """Returns the writable private file mappings in a maps text, by address."""
+    return [_mapping(m) for m in _DATA.finditer(text)]
+
+
+def data_lookup(text: bytes) -> Callable[[FileKey, int, int], bool]:
+    """Returns a function that says whether an offset of a file is mapped at an address, writable and private: (file,
+    offset, address). The text is taken apart when that is asked first."""
+
+    @functools.cache
+    def data() -> list[Mapping]:
+        return parse_data(text)
+
+    return lambda file, offset, addr: is_mapped(data(), file, offset, addr)
 
 
 def _mapping(m: re.Match[bytes]) -> Mapping:

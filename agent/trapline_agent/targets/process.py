@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import pwd
-import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from trapline.errors import NotFound
 from trapline.model import Process
 from trapline_agent.kernel import procfs
+from trapline_agent.kernel.containers import container_of
 
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _CAP_SYS_PTRACE = 19
 READER = "trapline_agent.debuginfo.worker"
 """The module that the agent starts to read debug information with: a process of its own."""
-_CONTAINER = re.compile(rb"(?<![0-9a-f])([0-9a-f]{64})(?![0-9a-f])")
 
 
 class ProcessFacts(NamedTuple):
@@ -282,7 +281,6 @@ def _user(uid: int) -> str:
 def _describe(found: ProcessFacts, host_id: str, self_pids: Collection[int]) -> Process:
     refused = ineligible(found, self_pids)
     arguments = b"" if found.kernel_thread else _read_or_empty(f"/proc/{found.pid}/cmdline")
-    container = _CONTAINER.search(_read_or_empty(f"/proc/{found.pid}/cgroup"))
     return Process(
         id=f"{host_id}:{boot_id()}:{found.pid}:{found.start_time}",
         host=host_id,
@@ -295,7 +293,7 @@ def _describe(found: ProcessFacts, host_id: str, self_pids: Collection[int]) -> 
         uid=found.uid,
         user=_user(found.uid),
         threads=found.threads,
-        container=container[1][:12].decode() if container else "",
+        container=container_of(_read_or_empty(f"/proc/{found.pid}/cgroup")),
         eligible=refused is None,
         reason=refused[0] if refused else "",
     )

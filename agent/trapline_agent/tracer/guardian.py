@@ -11,7 +11,8 @@ next thread to meet one ends its program. So this is about the time until the by
 
 That is the first pass. When the tracer is gone altogether a second one looks at everything again, by /proc: a call of the
 tracer may have been on its way still; a record may be of a memory whose descriptor did not come; and a child may have been
-born that nobody was told of. Records of what is in order then are cleared; others are left to the next tracer.
+born that nobody was told of. Semaphores of USDT probes are lowered then, where the breakpoint was taken out.
+Records of what is in order then are cleared; others are left to the next tracer.
 
 It holds the lock of the journal, which it has of the tracer: no other tracer begins before it is done. It ends with it, by
 its own alarm where a process hangs.
@@ -33,7 +34,7 @@ from collections.abc import Iterable
 
 from trapline_agent.engines import journal
 from trapline_agent.engines.journal import Entry
-from trapline_agent.engines.restoring import Outcome, claims, restore, restore_all, restore_by_name
+from trapline_agent.engines.restoring import Outcome, claims, lower, restore, restore_all, restore_by_name
 from trapline_agent.kernel import process, robust
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Guardian:
         self._file = file
         self._pidfd = tracer_pidfd
         self._memory: dict[int, int] = {}
+        self._restored: set[tuple[int, int]] = set()
+        """(space, address) of what the first pass has put back."""
         self._watch = robust.DeathWatch(mmap.mmap(file, journal.HEADER_BYTES), journal.WATCH_OFFSET)
         self._boot, self._namespace = journal.boot_id(), journal.pid_namespace()
 
@@ -107,14 +110,17 @@ class Guardian:
             others = claims(groups[space])
             fd = memory.get(space)
             for entry in groups[space]:
-                if fd is None:
-                    restore_by_name(entry, others)
-                else:
-                    restore(entry, fd, others)
+                outcome = restore_by_name(entry, others) if fd is None else restore(entry, fd, others)
+                if outcome is Outcome.RESTORED:
+                    self._restored.add((space, entry.addr))
 
     def _second_pass(self) -> None:
         """Looks at all of it again, and clears what is in order."""
         contents = self._entries()
+        for _, entry in contents:
+            # Only now: the tracer may have been about to do it.
+            if (entry.space, entry.addr) in self._restored:
+                lower(entry, self._memory.get(entry.space, -1))
         numbers = {entry: number for number, entry in contents}
         left = []
         for entry, outcome in self._outcomes(numbers):
@@ -137,6 +143,8 @@ class Guardian:
                 if outcome in (Outcome.UNSURE, Outcome.FAILED):
                     unsure.append(entry)
                 else:
+                    if outcome is Outcome.RESTORED and fd is not None:
+                        lower(entry, fd)
                     yield entry, outcome
         yield from restore_all(unsure, kin_of=entries)
 

@@ -28,7 +28,7 @@ from trapline.ids import new_id
 from trapline.protocol.hits import VALUE_TYPES
 from trapline.protocol.stacks import MAX_DEPTH
 from trapline_agent.arch.x86_64 import REGISTERS
-from trapline_agent.capture.compute import wrong
+from trapline_agent.capture.compute import fits, wrong
 from trapline_agent.engines.aggregate import AggregateStore
 from trapline_agent.engines.base import ProcessId
 from trapline_agent.engines.ptrace.engine import PtraceEngine
@@ -413,6 +413,7 @@ class Tracer:
                     self._engine.comms,
                     max_hits=limit,
                     returns=returns,
+                    stacks=self._table.stacks,
                     floats=self._engine.floats,
                     on_data=data,
                     on_limit=complete,
@@ -741,12 +742,16 @@ def _check_register(message: m.Register) -> None:
             raise EngineError(f"probe {message.probe}: no such aggregate: {aggregate.function}{aggregate.parameters}")
         if len(message.fetches) != aggregate.by + (aggregate.function != "count"):
             raise EngineError(f"probe {message.probe}: {aggregate.function} of nothing, or of too much")
+        if any(fetch.column == "stack" for fetch in message.fetches[aggregate.by :]):
+            raise EngineError(f"probe {message.probe}: {aggregate.function} of a stack")
     plain = all(fetch.register for fetch in message.fetches)
     for plan in message.plans:
         if not plain and (plan.program is None or len(plan.program.values) != len(message.fetches)):
             raise EngineError(f"probe {message.probe} has no program for {message.sites[plan.site]}")
         if plan.program is not None:
             conditions = () if plan.program.condition is None else (plan.program.condition,)
+            if not fits(*plan.program.values, *conditions):
+                raise EngineError(f"probe {message.probe} computes too much at {message.sites[plan.site]}")
             for value in (*plan.program.values, *conditions):
                 if why := wrong(value):
                     raise EngineError(f"probe {message.probe} cannot be computed at {message.sites[plan.site]}: {why}")

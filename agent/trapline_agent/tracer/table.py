@@ -36,7 +36,7 @@ import msgspec
 
 from trapline.errors import Conflict, TraplineError, Unsupported
 from trapline.ids import new_id
-from trapline_agent.engines.base import ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
+from trapline_agent.engines.base import Counter, ProcessId, ReturnSink, Sink, SiteReport, SiteRequest, Wanted
 from trapline_agent.engines.ring import HitRing
 from trapline_agent.kernel import procfs
 from trapline_agent.plans import FileKey, Program, SitePlan
@@ -521,6 +521,11 @@ class Table:
         def places(plan: SitePlan) -> list[int]:
             return [a for m in mappings if m.is_of(plan.file) and (a := m.addr(plan.offset)) is not None]
 
+        is_data = maps.data_lookup(text)
+
+        def holds(counter: Counter) -> bool:
+            return is_data(counter.file, counter.offset, counter.addr)
+
         sites: dict[int, SiteRequest] = {}
         interested: dict[int, list[Consumer]] = {}
         left_out: dict[tuple[Consumer, int], tuple[SitePlan, Verdict]] = {}
@@ -538,7 +543,7 @@ class Table:
                 interested.setdefault(addr, []).append(consumer)
                 tally = self.meters.tally(point, interested[addr])
                 known = sites.get(addr) or _request(addr, plan, mapping, mappings)
-                known = replace(known, tally=tally)
+                known = replace(known, tally=tally, semaphore=known.semaphore or _counter(addr, plan))
                 sites[addr] = (
                     replace(known, returns=(*known.returns, consumer.return_sinks[plan.site, plan.program]))
                     if consumer.register.returns
@@ -562,7 +567,7 @@ class Table:
                     if (addr := mapping.addr(unwinder.offset)) is not None:
                         known = sites.get(addr) or _request(addr, unwinder, mapping, mappings)
                         sites[addr] = replace(known, unwinds=True)
-        return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places)
+        return Wanted(_refused_32_bit(identity.pid, list(sites.values())), keep, still_mapped, places, holds)
 
     def _note_left_out(
         self,
@@ -814,6 +819,11 @@ def _request(addr: int, plan: SitePlan, mapping: FileMapping, mappings: list[Fil
             if not slack_addr or abs(at - addr) < abs(slack_addr - addr):
                 slack_addr = at
     return SiteRequest(addr, plan, slack_addr=slack_addr, refusal=refusal)
+
+
+def _counter(addr: int, plan: SitePlan) -> Counter | None:
+    found = plan.semaphore
+    return None if found is None else Counter(addr + found.distance, plan.file, found.offset)
 
 
 def _refused_32_bit(pid: int, sites: list[SiteRequest]) -> list[SiteRequest]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 from trapline.aggregates import Cell, Table, recorder
-from trapline.cli.tables import columns, lines, size, value
+from trapline.cli.tables import columns, duration, lines, size, value
 from trapline.model import Aggregate
 from trapline.spec import parse_probe
 from trapline.tables import table_of
 
 
-def shown(clause: str, *hits: tuple[object, object], max_keys: int = 10, top: int | None = None) -> list[str]:
-    aggregate = parse_probe(f"a:f -> {clause}").aggregate
+def shown(
+    clause: str, *hits: tuple[object, object], max_keys: int = 10, top: int | None = None, probe: str = "a:f"
+) -> list[str]:
+    aggregate = parse_probe(f"{probe} -> {clause}").aggregate
     assert isinstance(aggregate, Aggregate)
     table = Table(max_keys)
     record = recorder(aggregate.function, tuple(aggregate.parameters))
@@ -85,3 +87,17 @@ def test_figures() -> None:
         "-", "1,234", "1,234", "12.3", "0.001234", str(1 << 60),
     ]  # fmt: skip
     assert columns(["A", "B"], [["x", "1"], ["yy", "22"]]) == ["A    B", "x    1", "yy  22"]
+
+
+def test_times_have_units() -> None:
+    hits: list[tuple[object, object]] = [(0, 900), (0, 5_000), (0, 2_500_000)]
+    assert shown("max(latency) by (retval)", *hits, probe="ur:a:f")[1].split() == ["0", "3", "2.5", "ms"]
+    assert shown("quantiles(latency)", *hits, probe="ur:a:f") == [
+        "HITS     MIN     50%     90%     95%     99%   99.9%     MAX",
+        "   3  900 ns  5.0 us  5.0 us  5.0 us  5.0 us  5.0 us  2.5 ms",
+    ]
+    assert shown("hist(latency)", *hits, probe="ur:a:f")[1].startswith("[512 ns, 1.0 us)")
+    assert shown("distinct(latency)", *hits, probe="ur:a:f")[1].split() == ["3", "3"]
+    assert [duration(n) for n in (None, 0, 999, 1000, 12_345_678, 3.2e9, str(1 << 60))] == [
+        "...", "0 ns", "999 ns", "1.0 us", "12.3 ms", "3.2 s", "1,152,921,504.6 s",
+    ]  # fmt: skip

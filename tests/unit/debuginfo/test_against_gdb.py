@@ -254,6 +254,20 @@ def test_globals_are_gdbs(language: str, level: str, names: list[str], programs:
     assert program.info.variable("no_such_variable") is None
 
 
+@needs.gxx
+@pytest.mark.parametrize("version", ["-gdwarf-4", "-gdwarf-5"])
+def test_a_field_is_no_global(version: str, tmp_path: Path) -> None:
+    """Before DWARF 5 both a field and a class' static member are members."""
+    files = DebugFiles()
+    info = files.need(on_disk(str(build(tmp_path, "c++", "O2", version))))
+    for field in ("outer::Box<int>::mode", "outer::Box<int>::flag", "flag"):
+        assert info.variable(field) is None, field
+    made = info.variable("outer::Box<int>::made")
+    assert made is not None
+    assert made.location.kind == "memory"
+    files.close()
+
+
 @needs.binutils
 @pytest.mark.parametrize(
     ("language", "level", "name"),
@@ -313,11 +327,35 @@ def test_a_functions_entry(programs: Any) -> None:
 
 
 @needs.gcc
-def test_a_threads_own_variable_is_refused_by_name(programs: Any) -> None:
-    found = programs("c", "O2").info.variable("per_thread")
+def test_a_threads_own_variable_is_below_the_thread_pointer(programs: Any) -> None:
+    """In a program; gdb's value of one at a stop is compared in tests/system/test_expressions.py."""
+    program: Program = programs("c", "O2")
+    found = program.info.variable("per_thread")
+    assert found is not None
+    assert found.location.kind == "memory"
+    (_, within), *rest = found.location.ops
+    assert rest[:2] == [("reg", 58), ("add", 0)]
+    segment = re.search(
+        r" TLS +0x\w+ 0x\w+ 0x\w+ 0x\w+ (0x\w+) R +(0x\w+)", run(["readelf", "-lW", program.path]).stdout
+    )
+    assert segment is not None
+    size, align = int(segment[1], 16), int(segment[2], 16)
+    assert rest[2:] == [("plus", -((size + align - 1) // align * align))]
+    assert 0 <= within < size
+
+
+@needs.gcc
+def test_a_librarys_own_variables_of_threads_are_the_loaders_to_know(tmp_path: Path, files: DebugFiles) -> None:
+    source, library = tmp_path / "own.c", tmp_path / "libown.so"
+    source.write_text("_Thread_local int per_thread = 3; int get(void) { return per_thread; }\n")
+    assert run(["gcc", "-g", "-shared", "-fPIC", source, "-o", library]).returncode == 0
+    assert elf_of(library).thread_block() is None
+    assert elf_of(Path("/proc/self/exe").resolve()).thread_block() is None  # it has none
+    info = files.need(on_disk(str(library)))
+    found = info.variable("per_thread")
     assert found is not None
     assert found.location.kind == "unsupported"
-    assert "thread" in found.location.reason
+    assert "a thread's own variable of a library" in found.location.reason
 
 
 @needs.rustc

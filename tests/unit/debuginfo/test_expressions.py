@@ -33,6 +33,9 @@ class Frame:
     def indexed(self, step: Step) -> int | None:  # type: ignore[override]
         return 0x4000 if step.number < 10 else None
 
+    def thread_block(self) -> int | None:
+        return None
+
     def implicit(self, step: Step) -> bytes:  # type: ignore[override]
         return bytes(range(step.number))
 

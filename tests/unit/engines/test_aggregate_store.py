@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import pytest
 
 from trapline.aggregates import Function, Key, Table
+from trapline.model import Aggregate
 from trapline.protocol.aggregates import Delta, decode
 from trapline.protocol.hits import ValueStatus
+from trapline.protocol.stacks import End, StackFile, unpack
+from trapline.tables import table_of
 from trapline_agent.capture.values import part_of
 from trapline_agent.engines.aggregate import AggregateStore
-from trapline_agent.plans import AggregatePlan, Const, Context, FetchPlan, Op, Program, Register, Text
+from trapline_agent.plans import AggregatePlan, Bits, Const, Context, FetchPlan, Frames, Op, Program, Register, Text
+from trapline_agent.unwind.walk import Stacks
 
 RDI, RSI = FetchPlan("arg0", "rdi"), FetchPlan("arg1", "rsi")
 COMM, PID = FetchPlan("comm", "comm", string=True), FetchPlan("pid", "pid")
@@ -226,3 +231,146 @@ def test_what_a_program_computes_is_a_key_and_a_value(memory: int) -> None:
     assert part_of(1 << 64, 0) == (0, ValueStatus.TRUNCATED)
     assert part_of(b"x" * 300, 0) == (b"x" * 256, ValueStatus.TRUNCATED)
     assert part_of(0, ValueStatus.FAULT) == (None, ValueStatus.FAULT)
+
+
+def test_columns_may_be_called_alike(memory: int) -> None:
+    """As those that each hit has (`by (pid, n)`), and as one another (`max(n) by (n)`); and a program's own `comm` is not
+    the process' name."""
+    rdi = Register("rdi")
+    program = Program((Context("pid"), Context("comm"), Text(Register("rsi"), 64), rdi, rdi))
+    columns = [FetchPlan(n, type=t) for n, t in (("pid", "u64"), ("comm", "str"), ("comm", "str"), ("n", "u64"))]
+    store = made("max", *columns, value=FetchPlan("n", type="u64"), comms={7: "app"})
+    store.sink(0, program)(0, 7, 7, words(rdi=3, rsi=64), memory)
+    returned = made("max", *columns, value=FetchPlan("n", type="u64"), comms={7: "app"}, returns=True)
+    sink = returned.return_sink(0, program)
+    sink.leave(0, 7, 7, words(rdi=3, rsi=64), memory, 9, sink.enter(words(), memory))
+    for one in store, returned:
+        ((found, cell),) = whole(drained(one)).cells.items()
+        assert found == key(7, "app", "hello", 3)
+        assert cell.max == 3
+
+
+@pytest.mark.parametrize("function", ["sum", "min", "max", "avg", "hist", "quantiles", "topk", "distinct"])
+def test_what_is_no_finite_number_is_told_as_such(function: Function, memory: int) -> None:
+    """Infinity and NaN have no place in a sum nor in JSON, and NaN as a key would have as many rows as hits."""
+    x = Bits(Register("rdi"), 0, 64, "f")
+    plan = AggregatePlan(function, (10,) if function == "topk" else (), by=1, max_keys=100)
+    store = AggregateStore(plan, [FetchPlan("k", type="f64"), FetchPlan("x", type="f64")], {})
+    sink = store.sink(0, Program((x, x)))
+    for value in (1.5, float("inf"), float("-inf"), float("nan"), float("nan"), 1.7e308, 1.7e308):
+        sink(0, 7, 7, words(rdi=int.from_bytes(struct.pack("<d", value), "little")), memory)
+    table = whole(drained(store))
+    assert {k[0]: (c.count, c.bad) for k, c in table.cells.items()} == {
+        (1.5, 0): (1, {}),
+        (None, ValueStatus.UNSUPPORTED): (4, {ValueStatus.UNSUPPORTED: 4}),
+        (1.7e308, 0): (2, {}),
+    }
+    aggregate = Aggregate(text="", function=function, by=["k"], value="x", parameters=list(plan.parameters))
+    assert "Infinity" not in (text := table_of(aggregate, table).model_dump_json())
+    assert "NaN" not in text
+
+
+def test_columns_may_be_called_as_those_that_every_hit_has(memory: int) -> None:
+    """``count() by (pid, arg0 + 1)``, ``by (entry(arg0), entry(arg0))``: there is no row that names would meet in."""
+    pid, computed = FetchPlan("pid", type="u64"), FetchPlan("arg0 + 1", type="u64")
+    store = made("count", pid, computed)
+    store.sink(0, Program((Context("pid"), Op("add", (Register("rdi"), Const(1))))))(0, 7, 8, words(rdi=4), memory)
+    assert set(whole(drained(store)).cells) == {key(7, 5)}
+    store = made("count", *[FetchPlan("entry(arg0)", "rdi", entry=True)] * 2, returns=True)
+    sink = store.return_sink(0)
+    sink.leave(0, 7, 8, words(), memory, 5, sink.enter(words(rdi=4), memory))
+    assert set(whole(drained(store)).cells) == {key(4, 4)}
+
+
+class Walked(Stacks):
+    """Takes of every thread the stack whose words are in rdi and rsi."""
+
+    def walk(self, pid: int, words: Sequence[int], memory: int, depth: int, skip: int = 0) -> bytes:
+        from trapline_agent.arch.x86_64.registers import INDEX
+
+        frames = [1 << 32 | words[INDEX["rdi"]], 2 << 32 | words[INDEX["rsi"]]][skip : skip + depth]
+        return struct.pack(f"<{1 + len(frames)}Q", End.FAULT if words[INDEX["rax"]] else End.COMPLETE, *frames)
+
+    def file(self, number: int) -> StackFile:
+        return StackFile(f"/{number}", build_id=f"{number:02}")
+
+
+def stacks_of(table: Table) -> dict[tuple[object, ...], int]:
+    return {
+        tuple(
+            tuple((f.file.path, f.offset) for f in unpack(value, table.files.by_number).frames)
+            if i in table.stacks and isinstance(value, bytes)
+            else value
+            for i, (value, _) in enumerate(key)
+        ): cell.count
+        for key, cell in table.cells.items()
+    }
+
+
+def received(deltas: list[Delta]) -> Table:
+    table = Table(1000)
+    for delta in deltas:
+        delta.add_to(table)
+    return table
+
+
+def test_stacks_are_keys(memory: int) -> None:
+    """By plain fetches, by a program, and at a return: with the files that they have frames in."""
+    stack, caller = FetchPlan("ustack()", "rip", stack=127), FetchPlan("caller", "rip", stack=1, skip=1)
+    plain = made("count", stack, PID, caller, stacks=Walked())
+    program = Program((Frames(127), Context("pid"), Frames(1, 1)), Op("lt", (Register("rdi"), Const(10))))
+    computed = made(
+        *("count", FetchPlan("ustack()", type="stack"), FetchPlan("pid", type="u64"), FetchPlan("caller", type="stack")),
+        stacks=Walked(),
+    )  # fmt: skip
+    returns = made("count", stack, PID, caller, stacks=Walked(), returns=True)
+    for store, sink in ((plain, plain.sink(0)), (computed, computed.sink(0, program))):
+        assert store.of_stacks
+        for rdi in (1, 1, 2):
+            sink(0, 7, 7, words(rdi=rdi, rsi=9), memory)
+    at_return = returns.return_sink(0)
+    for rdi in (1, 1, 2):
+        at_return.leave(0, 7, 7, words(rdi=rdi, rsi=9), memory, 5, at_return.enter(words(), memory))
+    for store in (plain, computed, returns):
+        table = received(drained(store))
+        assert table.stacks == (0, 2)
+        assert stacks_of(table) == {
+            ((("/1", 1), ("/2", 9)), 7, (("/2", 9),)): 2,
+            ((("/1", 2), ("/2", 9)), 7, (("/2", 9),)): 1,
+        }
+
+
+def test_a_stack_is_as_long_as_it_is(memory: int) -> None:
+    class Deep(Walked):
+        def walk(self, pid: int, words: Sequence[int], memory: int, depth: int, skip: int = 0) -> bytes:
+            return struct.pack(f"<{depth + 1}Q", 0, *(1 << 32 | i for i in range(depth)))
+
+    fetch = FetchPlan("ustack(1024)", type="stack")
+    for store, program in (
+        (made("count", FetchPlan("ustack(1024)", "rip", stack=1024), stacks=Deep()), None),
+        (made("count", fetch, stacks=Deep()), Program((Frames(1024),))),
+    ):
+        store.sink(0, program)(0, 7, 7, words(), memory)
+        (((packed, status),),) = received(drained(store)).cells
+        assert isinstance(packed, bytes)
+        assert (len(packed), status) == (8 * 1025, 0)
+
+
+def test_one_that_was_cut_is_truncated(memory: int) -> None:
+    store = made("count", FetchPlan("ustack()", "rip", stack=9), stacks=Walked())
+    store.sink(0)(0, 7, 7, words(rax=1), memory)
+    (((_, status),),) = received(drained(store)).cells
+    assert status == ValueStatus.TRUNCATED
+
+
+def test_bytes_of_stacks_are_bounded(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trapline_agent.engines.aggregate.MAX_STACK_BYTES", 5 * 24)
+    store = made("count", FetchPlan("ustack()", "rip", stack=9), stacks=Walked())
+    deltas: list[Delta] = []
+    for _ in range(3):
+        for rdi in range(8):
+            store.sink(0)(0, 7, 7, words(rdi=rdi), memory)
+        deltas += drained(store)
+    table = received(deltas)
+    assert (len(table.cells), table.other and table.other.count, table.count) == (5, 9, 24)
+    assert all(cell.count == 3 for cell in table.cells.values())

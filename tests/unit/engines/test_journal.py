@@ -32,16 +32,25 @@ def read(journal: j.Journal) -> j.Contents:
 
 
 def entries() -> st.SearchStrategy[j.Entry]:
-    def make(width: int, code: bytes, armed: bytes, numbers: tuple[int, int, int, int, int, int, int]) -> j.Entry:
+    def make(
+        width: int,
+        code: bytes,
+        armed: bytes,
+        numbers: tuple[int, int, int, int, int, int, int],
+        counter: tuple[int, bool],
+    ) -> j.Entry:
         code = code.ljust(width, b"\x90")
         pid, start, space, addr, inode, offset, dev = numbers
         changed = armed.ljust(width, b"\xcc")[:width] + code[width:]
-        return j.Entry(pid, start, space, addr, (dev >> 20, dev & 0xFFFFF), inode, offset, width, code, changed)
+        return j.Entry(
+            pid, start, space, addr, (dev >> 20, dev & 0xFFFFF), inode, offset, width, code, changed, *counter
+        )
 
     u32, u63 = st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 17)
     numbers = st.tuples(st.integers(1, 2**31 - 1), u63, u32, u63, u63, u63, u32)
     code = st.binary(min_size=1, max_size=j.CONTEXT)
-    return st.builds(make, st.integers(1, 5), code, st.binary(max_size=5), numbers)
+    counter = st.one_of(st.just((0, False)), st.tuples(st.integers(1, 2**64 - 1), st.booleans()))
+    return st.builds(make, st.integers(1, 5), code, st.binary(max_size=5), numbers, counter)
 
 
 def file(records: list[bytes]) -> bytes:
@@ -76,7 +85,7 @@ def test_s2_damaged_records_are_left_out(records: list[bytes], length: int) -> N
         assert len(contents.entries) + contents.damaged <= len(records)
 
 
-@given(entries(), st.integers(0, 85), st.integers(1, 255))
+@given(entries(), st.integers(0, 94), st.integers(1, 255))
 def test_s2_a_record_with_one_byte_changed_is_left_out(entry: j.Entry, at: int, change: int) -> None:
     record = bytearray(j.pack(entry))
     record[at] ^= change
@@ -101,7 +110,7 @@ def test_s2_entered_and_cleared(journal: j.Journal) -> None:
         space.enter(addr, "fd:01", 77, addr - 0x1000, b"\x55\x48\x89\xe5", b"\xcc")
     assert len(journal) == 3000
     _, first = read(journal).entries[0]
-    assert first[:2] + first[3:] == (100, 200, 0x1000, (0xFD, 1), 77, 0, 1, b"\x55\x48\x89\xe5", b"\xcc\x48\x89\xe5")
+    assert first[:2] + first[3:10] == (100, 200, 0x1000, (0xFD, 1), 77, 0, 1, b"\x55\x48\x89\xe5", b"\xcc\x48\x89\xe5")
     for addr in range(0x1000, 0x1000 + 2999):
         space.clear(addr)
     space.clear(1)
@@ -165,3 +174,42 @@ def test_s2_threads_that_end_in_good_order_are_not_taken_for_killed(journal: j.J
 
 def test_s2_the_kernel_kills_no_target_with_its_tracer() -> None:
     assert not ptrace.FOLLOW & PTRACE_O_EXITKILL
+
+
+def test_r19_s2_a_raised_semaphore_is_one_byte_of_a_record(journal: j.Journal) -> None:
+    """It is told of after it was raised, and no more before it is lowered: what a record says of it is so."""
+    space = journal.space(100, 200, 0)
+    for addr in (0x1000, 0x2000):
+        space.enter(addr, "fd:01", 77, 0, b"\x55", b"\xcc")
+    space.raised(0x1000, 0x8000)
+    space.raised(0x3000, 0x8000)  # nothing is entered there
+    space.lowered(0x3000)
+
+    def found() -> dict[int, tuple[int, bool]]:
+        return {e.addr: (e.counter, e.raised) for _, e in read(journal).entries}
+
+    assert found() == {0x1000: (0x8000, True), 0x2000: (0, False)}
+    space.belongs_to(101, 201)
+    assert found()[0x1000] == (0x8000, True)
+    before = bytearray(os.pread(journal.fd, os.fstat(journal.fd).st_size, 0))
+    space.lowered(0x1000)
+    after = os.pread(journal.fd, os.fstat(journal.fd).st_size, 0)
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+    assert found()[0x1000] == (0x8000, False)
+    space.belongs_to(102, 202)
+    assert found()[0x1000] == (0x8000, False)
+    space.raised(0x1000, 0x8000)
+    assert found()[0x1000] == (0x8000, True)
+    space.raised(0x1000, 0x9000)
+    assert found()[0x1000] == (0x9000, True)
+    assert len(journal) == 2
+    space.clear(0x1000)
+    assert found() == {0x2000: (0, False)}
+
+
+@given(entries(), st.integers(2, 255))
+def test_r19_s2_a_damaged_flag_lowers_nothing(entry: j.Entry, flag: int) -> None:
+    record = bytearray(j.pack(entry))
+    record[-1] = flag
+    ((_, found),) = j.parse(file([bytes(record)]), BOOT, NAMESPACE).entries
+    assert found == entry._replace(raised=False)

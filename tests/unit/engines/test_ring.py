@@ -12,7 +12,7 @@ from trapline_agent.arch.x86_64 import REGISTERS
 from trapline_agent.capture.evaluate import read_string
 from trapline_agent.engines import ring as rings
 from trapline_agent.engines.ring import HitRing
-from trapline_agent.plans import LATENCY, Const, Context, Entry, FetchPlan, Op, Program, Register, Text
+from trapline_agent.plans import LATENCY, Const, Context, Entry, FetchPlan, Op, Program, Register, Text, Value
 
 WORDS = list(range(100, 127))
 
@@ -205,3 +205,55 @@ def test_a_return_that_is_filtered_is_a_call_that_ended() -> None:
     (batch,) = drain(ring)
     rdi = WORDS[REGISTERS.index("rdi")]
     assert [h.args for h in batch.hits()] == [{"a": rdi + 1000, "t": 9}, {"a": rdi + 2000, "t": 9}]
+
+
+def test_long_texts_fit_their_batches() -> None:
+    """A batch's header has its texts: with 2,048 rows of 4,096 bytes it would be larger than a reader takes."""
+    fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.pwrite(fd, b"".join(b"%08d" % i for i in range(40_000)), 0)
+    plain = HitRing([FetchPlan(f"s{i}", "rdi", string=True, max_bytes=4096 - i) for i in range(3)])
+    returned = HitRing([FetchPlan("s", "rdi", string=True, max_bytes=4096)], returns=True)
+    computed = HitRing([FetchPlan("s", type="str")])
+    program = Program((Text(Register("rdi"), 4096),))
+    sink, back, compute = plain.sink(0), returned.return_sink(0), computed.sink(0, program)
+    words = list(WORDS)
+    for i in range(rings.ROWS):
+        words[REGISTERS.index("rdi")] = 8 + 16 * i
+        sink(1, 2, 3, words, fd)
+        back.leave(1, 2, 3, words, fd, 5, back.enter(words, fd))
+        compute(1, 2, 3, words, fd)
+    for ring in plain, returned, computed:
+        assert sum(batch.header.count for batch in drain(ring)) == rings.ROWS
+        assert not ring.drops
+    os.close(fd)
+
+
+def test_a_number_beyond_what_a_column_holds_is_no_hit_less() -> None:
+    huge: Value = Register("rdi")
+    for _ in range(20):
+        huge = Op("shl", (huge, Const(63)))
+    ring = HitRing([FetchPlan("x", type="f64"), FetchPlan("y", type="u64"), FetchPlan("z", type="i64")])
+    sink = ring.sink(0, Program((huge, huge, huge)))
+    sink(1, 2, 3, WORDS, -1)
+    (batch,) = drain(ring)
+    (hit,) = batch.hits()
+    assert [hit.status[c] for c in "xyz"] == ["unsupported", "truncated", "truncated"]
+    assert not ring.drops
+
+
+def test_a_hit_that_cannot_be_computed_is_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong with our code: other probes of the place are served, and the numbers hold."""
+    program = Program((Register("rdi"),), Op("lt", (Register("rdi"), Const(1000))))
+    ring, returned = HitRing([FetchPlan("x", type="u64")]), HitRing([FetchPlan("x", type="u64")], returns=True)
+    sink, back = ring.sink(0, program), returned.return_sink(0, program)
+    for fails in (False, True, False):
+        with monkeypatch.context() as patched:
+            if fails:
+                patched.setattr(HitRing, "record", lambda *_: 1 / 0)
+            sink(1, 2, 3, WORDS, -1)
+            back.leave(1, 2, 3, WORDS, -1, 5, back.enter(WORDS, -1))
+    for one in ring, returned:
+        batches = drain(one)
+        assert [(b.header.seq, b.header.count) for b in batches] == [(0, 1), (2, 1)]
+        assert batches[0].header.drops == one.drops == {"tracer-capture": 1}
+        assert (one.hits, one.in_flight) == (3, 0)

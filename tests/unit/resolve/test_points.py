@@ -173,6 +173,40 @@ def test_other_names_of_a_place_are_shown(resolver: Resolver, tmp_path: Path) ->
 # --- USDT
 
 
+def loads(path: Path, flags: str) -> list[tuple[int, int, int]]:
+    """(file offset, virtual address, bytes in the file) of the segments with some flags, as readelf has them."""
+    found = re.findall(r"LOAD\s+(0x\w+) (0x\w+) 0x\w+ (0x\w+) 0x\w+ (R?W?[ E]*) 0x", out("readelf", "-lW", path))
+    return [(int(o, 16), int(v, 16), int(n, 16)) for o, v, n, f in found if f.replace(" ", "") == flags]
+
+
+def executable_vaddr(path: Path, offset: int) -> int:
+    return next(offset - o + v for o, v, n in loads(path, "RE") if o <= offset < o + n)
+
+
+def data_offset(path: Path, vaddr: int) -> int:
+    return next(vaddr - v + o for o, v, n in loads(path, "RW") if v <= vaddr < v + n)
+
+
+@needs.gcc
+@pytest.mark.parametrize(
+    ("counter", "why"),
+    [
+        ("__attribute__((used)) unsigned short counter;", "not in data that the file has"),  # .bss
+        ("__attribute__((used)) const unsigned short counter = 0;", "not in data that the file has"),
+        (r'__asm__(".pushsection .probes,\"aw\"\n.byte 1\ncounter: .2byte 0\n.popsection");', "16 bits"),
+    ],
+)
+def test_semaphores_that_cannot_be_raised(resolver: Resolver, tmp_path: Path, counter: str, why: str) -> None:
+    declared = 'unsigned short counter __attribute__((section(".probes"), used));'
+    assert declared in USDT
+    source = USDT.replace(declared, counter)
+    path = build(tmp_path, source=source)
+    with pytest.raises(Unsupported, match=why) as e:
+        plan_of(resolver, f"usdt:{path}:shop:guarded")
+    assert e.value.reason == "Semaphore"
+    assert plan_of(resolver, f"usdt:{path}:shop:sold").plans
+
+
 @needs.gcc
 @needs.binutils
 @pytest.mark.parametrize("stripped", [False, True])
@@ -186,11 +220,15 @@ def test_usdt_probes(resolver: Resolver, tmp_path: Path, stripped: bool) -> None
         assert plan.sites == [f"{path.name}:shop:sold"]
         assert [s.arguments for s in plan.resolved] == [row[4] for row in sold]
         assert plan.plans[0].code[0] == 0x90
-    with pytest.raises(Unsupported, match="semaphore") as e:
-        plan_of(resolver, f"usdt:{path}:shop:guarded")
-    assert e.value.reason == "Semaphore"
+    assert plan.plans[0].semaphore is None
+    (guarded,) = plan_of(resolver, f"usdt:{path}:shop:guarded").plans
+    (_, _, offset, semaphore, _), *_ = [row for row in notes(path) if row[1] == "guarded"]
+    assert guarded.semaphore is not None
+    assert guarded.offset == offset
+    assert guarded.semaphore.distance == semaphore - executable_vaddr(path, offset)
+    assert guarded.semaphore.offset == data_offset(path, semaphore)
     both = resolver.resolve_dry(parse_probe(f"usdt:{path}:*"))
-    assert [s.refused is None for s in both.sites] == [True, False, True]
+    assert [s.refused is None for s in both.sites] == [True, True, True]
     with pytest.raises(NotFound) as missing:
         plan_of(resolver, f"usdt:{path}:shop:solld")
     assert missing.value.reason == "NoUsdt"

@@ -121,6 +121,7 @@ def test_cpp_names_as_cppfilt_has_them_and_as_people_write_them(tmp_path: Path, 
         assert "_ZN2ns3Cls6Nested1fEPNS_5InnerE" in [m.name for m in index.search(query)[1]], query
     near = index.not_found("ns::Cls::Nestd::f", "program").suggestions
     assert near[0] == "ns::Cls::Nested::f"
+    assert index.not_found("over", "program").suggestions[0] == "ns::over"
 
 
 @needs.gxx

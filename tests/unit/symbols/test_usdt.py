@@ -136,12 +136,35 @@ def test_arguments(text: str, expected: Argument) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["8@%xmm0", "8@foo(%rip)", "8@nm", "16@%rdi", "8@%r16", "8@%r99d", "8@(%eax)", "8@4(%rip)", "8@()", "@", "8@"],
+    [
+        "8@%xmm0",
+        "8@foo(%rip)",
+        "8@nm",
+        "16@%rdi",
+        "8@%r16",
+        "8@%r99d",
+        "8@(%eax)",
+        "8@4(%rip)",
+        "8@()",
+        "@",
+        "8@",
+        "8@08(%rbp)",
+        "8@$09",
+        "8@$" + "9" * 30,
+        "8@-" + "9" * 5000 + "(%rbp)",
+        "8@18446744073709551615(%rbp)",
+        "8@%r" + "1" * 5000,
+    ],
 )
 def test_arguments_that_cannot_be_read_say_so(text: str) -> None:
     (argument,) = parse_arguments(text)
     assert argument.location.kind == "unsupported"
     assert text[:3] in argument.location.reason
+
+
+def test_a_leading_zero_is_the_assemblers_octal() -> None:
+    (argument,) = parse_arguments("8@-010(%rbp)")
+    assert argument.location == Location("memory", (("reg", 6), ("plus", -8)))
 
 
 @given(st.text(alphabet="-+0123456789@%$()rabcdeipsxlw, f", max_size=60))

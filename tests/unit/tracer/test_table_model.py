@@ -263,7 +263,8 @@ class TableMachine(RuleBasedStateMachine):
         before_calls = {name: w.consumer.ring.calls for name, w in self.model.wishes.items()}
         # A call that was left by a jump is found out by the next one with its key.
         in_flight = {name: w.consumer.ring.in_flight for name, w in self.model.wishes.items()}
-        at = [m.start + offset - m.offset for m in process.memory.mappings if m.file == file.key]
+        # (A mapping of which a page in the middle was unmapped is two, with one place for the offset.)
+        at = {m.start + offset - m.offset for m in process.memory.mappings if m.file == file.key}
         self.world.call(process, file, offset)
         assert process.status is None, "a trap that nobody served"
         for name, wish in self.model.wishes.items():

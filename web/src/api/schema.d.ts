@@ -487,6 +487,13 @@ export interface components {
              */
             key_status: string[];
             /**
+             * Stacks
+             * @description Of those among them that are stacks the frames, innermost first: indices in ``AggregateTable.frames``.
+             */
+            stacks: {
+                [key: string]: number[];
+            };
+            /**
              * Count
              * @description Hits.
              */
@@ -575,6 +582,16 @@ export interface components {
              * @description Where it was asked for: the same by stretches of time, oldest first; those without a hit are left out.
              */
             series: components["schemas"]["AggregatePoint"][];
+            /**
+             * Frames
+             * @description Those that the rows' stacks consist of, each once; ``hosts/{host}:symbolize`` names them.
+             */
+            frames: components["schemas"]["StackFrame-Output"][];
+            /**
+             * Hosts
+             * @description Where its hits are from: who can name the frames.
+             */
+            hosts: string[];
         };
         /** Bye */
         Bye: {
@@ -852,10 +869,15 @@ export interface components {
         FrameNames: {
             /**
              * Names
-             * @description For each frame the functions that are inlined there, innermost first, then the function; ``libc.so.6+0x9b0e3`` where
-             *     there is no symbol.
+             * @description For each frame the functions that are inlined there, innermost first, as ``name (inlined)``; then the function, or
+             *     ``libc.so.6+0x9b0e3`` where there is no symbol.
              */
             names: string[][];
+            /**
+             * Sources
+             * @description For each frame its place in the source, ``orders.c:42``; empty where there is no debug information.
+             */
+            sources: string[];
         };
         /**
          * Gap

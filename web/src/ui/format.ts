@@ -111,6 +111,7 @@ export function basename(path: string): string {
 
 const STAGES: Record<string, string> = {
   "tracer-ring": "the tracer's ring was full",
+  "tracer-capture": "the tracer failed to capture them; its log has the reason",
   "agent-outbox": "the agent's outbox was full",
   "subscriber-queue": "this page was slower than the stream",
   paused: "the stream was paused",

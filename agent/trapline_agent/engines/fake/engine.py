@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trapline.errors import TraplineError, Unsupported
-from trapline_agent.engines.base import Capabilities, Observer, ProcessId, ReturnSink, SiteReport, SiteRequest
+from trapline_agent.engines.base import Capabilities, Counter, Observer, ProcessId, ReturnSink, SiteReport, SiteRequest
 from trapline_agent.engines.fake.world import BREAKPOINT, Memory, SimulatedProcess, World
 from trapline_agent.engines.frames import ABANDONED, ENDED, EXECED, Frame, Frames, leave, lose
+from trapline_agent.plans import SEMAPHORE_BYTES
 
 
 @dataclass(eq=False)
@@ -30,6 +31,8 @@ class _Followed:
     points: dict[int, _Point] = field(default_factory=dict)
     """Where calls return to; of its memory too. One that is a site as well is in both."""
     frames: Frames = field(default_factory=Frames)
+    raised: dict[int, Counter] = field(default_factory=dict)
+    """Semaphores, by the address of the site that each is raised for; of its memory too."""
 
 
 class FakeEngine:
@@ -92,6 +95,11 @@ class FakeEngine:
                 if addr not in followed.sites and wanted.still_mapped(addr, point.request.plan):
                     self.world.write(process.memory, addr, point.request.plan.code[0])
         reports: list[SiteReport] = []
+        for addr, counter in list(followed.raised.items()):
+            if addr not in desired or desired[addr].semaphore != counter:
+                del followed.raised[addr]
+                if wanted.holds(counter):
+                    self._add(process.memory, counter, -1)
         for addr, site in list(followed.sites.items()):
             request = desired.get(addr)
             if request is not None and (request.plan.file, request.plan.offset) == (site.plan.file, site.plan.offset):
@@ -109,11 +117,24 @@ class FakeEngine:
             if cause != "fork":
                 reports.append(SiteReport(addr, site.plan, "gone"))
         for addr, request in desired.items():
+            if request.semaphore is not None and not wanted.holds(request.semaphore):
+                why = f"the semaphore at {request.semaphore.addr:#x} is not mapped"
+                reports.append(SiteReport(addr, request.plan, "refused", "Semaphore", why))
+                continue
             if addr not in followed.sites:
                 reports.append(self._arm(followed, addr, request))
+            if addr in followed.sites and request.semaphore is not None and addr not in followed.raised:
+                followed.raised[addr] = request.semaphore
+                self._add(process.memory, request.semaphore, 1)
         if not followed.sites and not wanted.keep:
             del self._followed[process.pid]
         self.observer.report(identity, reports, cause)
+
+    def _add(self, memory: Memory, counter: Counter, change: int) -> None:
+        """Adds to a counter, which is modulo 2**16 here."""
+        value = sum(self.world.read(memory, counter.addr + i) << 8 * i for i in range(SEMAPHORE_BYTES))
+        for i, byte in enumerate(((value + change) % (1 << 8 * SEMAPHORE_BYTES)).to_bytes(SEMAPHORE_BYTES, "little")):
+            self.world.write(memory, counter.addr + i, byte)
 
     def _arm(self, followed: _Followed, addr: int, request: SiteRequest) -> SiteReport:
         if request.refusal is not None:
@@ -143,6 +164,9 @@ class FakeEngine:
         with self.world.lock:
             for followed in list(self._followed.values()):
                 followed.frames.retain(())
+                for counter in followed.raised.values():
+                    self._add(followed.process.memory, counter, -1)
+                followed.raised.clear()
                 points = {addr: p.request for addr, p in followed.points.items()}
                 for addr, site in (followed.sites | points).items():
                     self.world.write(followed.process.memory, addr, site.plan.code[0])
@@ -203,7 +227,7 @@ class FakeEngine:
         self.comms[child.pid] = child.comm
         shares = child.memory is parent.memory
         self._followed[child.pid] = (
-            _Followed(_id(child), child, followed.sites, followed.points, followed.frames)
+            _Followed(_id(child), child, followed.sites, followed.points, followed.frames, followed.raised)
             if shares
             else _Followed(
                 _id(child),
@@ -211,6 +235,7 @@ class FakeEngine:
                 dict(followed.sites),
                 {a: _Point(p.request, set(p.awaiting)) for a, p in followed.points.items()},
                 followed.frames.copy(),
+                dict(followed.raised),
             )
         )
         self._reconcile(child, "fork", parent)
@@ -222,7 +247,7 @@ class FakeEngine:
         self.comms[process.pid] = process.comm
         gone = [SiteReport(addr, site.plan, "gone") for addr, site in followed.sites.items()]
         self._left(followed, EXECED)
-        followed.sites, followed.points, followed.frames = {}, {}, Frames()
+        followed.sites, followed.points, followed.frames, followed.raised = {}, {}, Frames(), {}
         self.observer.report(followed.id, gone, "exec")
         self._reconcile(process, "exec")
 

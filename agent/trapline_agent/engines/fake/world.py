@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from trapline_agent.plans import FileKey, SitePlan
@@ -32,6 +32,8 @@ class SimulatedFile:
     key: FileKey
     path: str
     content: bytes = field(default=_TEXT * (4 * PAGE // len(_TEXT)), repr=False)
+    data: int = 0
+    """So many bytes of it, the last ones, are mapped writable behind its code."""
 
     def plan(self, offset: int, site: int = 0) -> SitePlan:
         return SitePlan(
@@ -96,9 +98,11 @@ class World:
 
     # --- files and processes -----------------------------------------------------------------------------------------
 
-    def file(self, path: str) -> SimulatedFile:
-        """Makes a file."""
+    def file(self, path: str, data: int = 0) -> SimulatedFile:
+        """Makes a file, with some bytes of data that are 0."""
         made = SimulatedFile(FileKey("fa:01", next(self._numbers)), path)
+        if data:
+            made = replace(made, content=made.content + bytes(data), data=data)
         self.files[made.key] = made
         return made
 
@@ -114,8 +118,12 @@ class World:
 
     def _map(self, process: SimulatedProcess, file: SimulatedFile, prot: str = "r-xp") -> Mapping:
         start = PAGE * 16 * next(self._numbers)
-        made = Mapping(start, start + len(file.content), prot, 0, file.key.dev, file.key.inode, file.path, False)
+        code = len(file.content) - file.data
+        made = Mapping(start, start + code, prot, 0, file.key.dev, file.key.inode, file.path, False)
         process.memory.mappings.append(made)
+        if file.data:
+            data = made._replace(start=made.end, end=made.end + file.data, prot="rw-p", offset=code)
+            process.memory.mappings.append(data)
         return made
 
     def mmap(self, process: SimulatedProcess, file: SimulatedFile, prot: str = "r-xp", *, told: bool = True) -> Mapping:
@@ -253,7 +261,7 @@ class World:
             found = {}
             for addr, value in process.memory.written.items():
                 for m in process.memory.mappings:
-                    if m.start <= addr < m.end:
+                    if m.start <= addr < m.end and m.prot[2] == "x":
                         offset = addr - m.start + m.offset
                         found[m.path, offset] = (self.files[m.file].content[offset], value)
             return found

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from trapline.errors import TraplineError, Unsupported
-from trapline_agent.engines.base import Observer, ProcessId, SiteReport, SiteRequest
+from trapline_agent.engines.base import Counter, Observer, ProcessId, SiteReport, SiteRequest
 from trapline_agent.engines.ptrace.group import SETTLE_S, Group
 from trapline_agent.engines.ptrace.memory import Site
 from trapline_agent.engines.ptrace.pages import SlotPages
@@ -75,6 +75,7 @@ class Arming:
             Returns.retain(memory, [sink for s in wished.values() for sink in s.returns], wished)
             for site in list(memory.sites.values()):
                 if not site.awaiting and not self._observer.is_wanted(site.plan):
+                    self.lower(process, (site.addr,))
                     memory.disarm(site)
                     self._group.soil(memory)
             process.lingering = not memory.sites and not process.held and not process.awaited
@@ -92,6 +93,8 @@ class Arming:
             same = (
                 request is not None and request.plan.file == site.plan.file and request.plan.offset == site.plan.offset
             )
+            if not same or request is None or request.semaphore is None:
+                memory.semaphores.lower(site.addr, wanted.holds)
             # What a child has of its parent's was looked at just now.
             if same and request is not None and (cause == "fork" or memory.stands(site)):
                 # To a consumer that joins, or leaves this process alone, the site is news too.
@@ -109,6 +112,7 @@ class Arming:
                 site.sinks, site.returns, site.is_hook, site.unwinds = (), (), False, False
                 continue
             self._group.soil(memory)
+            memory.semaphores.lower(site.addr, wanted.holds)
             if not memory.disarm(site, mapped=not moved(site)):
                 log.error("the breakpoint at %#x of process %d cannot be taken out yet", site.addr, process.id.pid)
                 self._again(process.id.pid)
@@ -118,6 +122,15 @@ class Arming:
                     memory.take_back(site.plan, addr, moved)
             if cause != "fork":
                 reports.append(SiteReport(site.addr, site.plan, "gone"))
+        for addr in memory.semaphores.raised.keys() - memory.sites.keys():
+            memory.semaphores.lower(addr, wanted.holds)  # it went with its mapping
+        for request in wanted.sites:
+            # To a site that stays a probe with a semaphore may have come.
+            if request.semaphore is not None and request.addr in memory.sites:
+                try:
+                    memory.semaphores.lift(request.addr, request.semaphore, wanted.holds)
+                except Unsupported:
+                    memory.disarm(memory.sites[request.addr])  # it is refused below
         new = [r for r in wanted.sites if r.addr not in memory.sites]
         objection = self._objection(process) if new else None
         no_pages = self._pages.prospect(process)
@@ -127,14 +140,22 @@ class Arming:
                     raise objection
                 if memory.has_breakpoint(request.addr):
                     memory.take_back(request.plan, request.addr, moved)
-                self.arm(process, request, no_pages)
+                if request.semaphore is not None and request.refusal is None:
+                    memory.semaphores.require(request.semaphore, wanted.holds)
+                site = self.arm(process, request, no_pages)
+                if request.semaphore is not None:
+                    try:
+                        memory.semaphores.lift(site.addr, request.semaphore, wanted.holds)
+                    except Unsupported:
+                        memory.disarm(site)
+                        raise
                 reports.append(SiteReport(request.addr, request.plan, "armed"))
             except TraplineError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", e.reason or e.code, str(e)))
             except OSError as e:
                 reports.append(SiteReport(request.addr, request.plan, "refused", "Unmapped", e.strerror or str(e)))
         if cause in _STANDING:
-            memory.written.clear()
+            memory.settle_written()
         reports += [SiteReport(s.addr, s.plan, "gone") for s in self.look_again(process)]
         process.lingering = not memory.sites and not wanted.keep and not process.held and not process.awaited
         process.hooked = any(s.is_hook for s in memory.sites.values())
@@ -159,24 +180,46 @@ class Arming:
         """Takes back what was written where something else was mapped by then: munmap and mremap tell nobody, and may have
         come between the look and the write (semantics R18). Returns the sites that are no more."""
         memory = process.memory
-        if not memory.written or self._all_mapped(process):
-            memory.written.clear()
+        if not (memory.written or memory.semaphores.written) or self._all_mapped(process):
+            memory.settle_written()
             return []
         # The place may be mapped anew at any moment, and what is put there now would be in the midst of that.
         if not self._group.stand_still(memory):
             log.warning("process %d did not stop for what is to be taken back in it", process.id.pid)
         try:
-            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
+            text = procfs.tried(lambda: maps.read_maps(process.id.pid))
         except OSError:
             return []  # it is gone, or cannot be looked at
+        now = maps.parse_maps(text)
+        if memory.semaphores.undo_strays(_holds(text)):
+            self._again(process.id.pid)
         return memory.undo_strays(lambda addr, plan: maps.is_mapped(now, plan.file, plan.offset, addr), process.id.pid)
 
     def _all_mapped(self, process: TracedProcess) -> bool:
         try:
-            now = maps.parse_maps(procfs.tried(lambda: maps.read_maps(process.id.pid)))
+            text = procfs.tried(lambda: maps.read_maps(process.id.pid))
         except OSError:
             return False
-        return all(maps.is_mapped(now, s.plan.file, s.plan.offset, s.addr) for _, _, s in process.memory.written)
+        now, holds, memory = maps.parse_maps(text), _holds(text), process.memory
+        return all(maps.is_mapped(now, s.plan.file, s.plan.offset, s.addr) for _, _, s in memory.written) and all(
+            holds(counter) for _, counter, _, _ in memory.semaphores.written
+        )
+
+    def lower(self, process: TracedProcess, addrs: Iterable[int]) -> None:
+        """Lowers the semaphores of sites that are to be taken out though nobody has said what is mapped. Where /proc does
+        not say that either, they stay raised."""
+        semaphores = process.memory.semaphores
+        raised = [addr for addr in addrs if addr in semaphores.raised]
+        if not raised:
+            return
+        try:
+            text = procfs.tried(lambda: maps.read_maps(process.id.pid))
+        except OSError:
+            text = b""
+            log.warning("semaphores of process %d may stay raised: its mappings cannot be read", process.id.pid)
+        holds = _holds(text)
+        for addr in raised:
+            semaphores.lower(addr, holds)
 
     def _objection(self, process: TracedProcess) -> Unsupported | None:
         """Says why a process may have no breakpoint at all: what it does about SIGTRAP could not be kept (semantics H5).
@@ -210,7 +253,7 @@ class Arming:
         """For a process whose only thread is stopped: what is left of ours can go at once."""
         if process.lingering and process.memory.users == 1:
             process.memory.wipe_slots()
-            process.memory.written.clear()
+            process.memory.settle_written()
             process.released = True
 
     def release_idle(self) -> None:
@@ -230,3 +273,9 @@ class Arming:
                     p.lingering = p.released = True
             elif not settled and not self._group.hurried():
                 process.retry_at = time.monotonic() + SETTLE_S  # not where it only gave way to a command
+
+
+def _holds(text: bytes) -> Callable[[Counter], bool]:
+    """As ``Wanted.holds``, by a text of /proc/PID/maps."""
+    is_data = maps.data_lookup(text)
+    return lambda c: is_data(c.file, c.offset, c.addr)

@@ -184,9 +184,10 @@ class Commands:
                 self._resumer.resume(thread)
 
     def take_out(self) -> None:
-        """Takes every byte out and lets every process go, whatever is wanted. Asks /proc nothing."""
+        """Takes every byte out and lets every process go, whatever is wanted. Needs no answer of /proc."""
         for process in self._group.processes.values():
             Returns.retain(process.memory, (), ())
+            self._arming.lower(process, process.memory.sites)
             for site in list(process.memory.sites.values()):
                 process.memory.disarm(site)
                 process.dirty = True

@@ -157,6 +157,7 @@ class Hits:
         """Takes out a site that was armed and cannot be served after all."""
         # (Of those that share the memory it is the first that sites are told of.)
         process = next(iter(self._group.sharers(process.memory)), process)
+        self._arming.lower(process, (site.addr,))
         process.memory.disarm(site)
         self._returns.given_up(process.memory, site, error.reason or error.code)
         process.hooked = process.hooked and not site.is_hook

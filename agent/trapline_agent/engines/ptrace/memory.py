@@ -21,6 +21,7 @@ from trapline_agent.arch.x86_64.stepping import SLOT_BYTES, Registers, Slot, Ste
 from trapline_agent.engines.base import ReturnSink, Sink, SiteRequest, Tally
 from trapline_agent.engines.frames import Frames
 from trapline_agent.engines.journal import Space
+from trapline_agent.engines.ptrace.semaphores import Semaphores
 from trapline_agent.kernel import procfs, ptrace
 from trapline_agent.plans import SitePlan
 from trapline_agent.targets import maps
@@ -120,6 +121,7 @@ class AddressSpace:
         self.foreign: set[int] = set()
         """Addresses of breakpoints that were looked into and are the program's own, or another tool's."""
         self.calls = Calls()
+        self.semaphores = Semaphores(self)
 
     def reopen(self, pid: int) -> None:
         """Opens the memory that a process has now, where nothing has been written yet. Not after the last ``close``."""
@@ -147,6 +149,7 @@ class AddressSpace:
         try:
             for site in self.sites.values():
                 self._note(site)
+            self.semaphores.journal()
         except OSError:
             # That was not written by us: it is there, and is served.
             log.exception("the journal has no room for what a child has of its parent's breakpoints")
@@ -255,6 +258,11 @@ class AddressSpace:
             del self.former[next(iter(self.former))]
         return True
 
+    def settle_written(self) -> None:
+        """Notes that what was written so far met what it was meant for."""
+        self.written.clear()
+        self.semaphores.written.clear()
+
     def undo_strays(self, still_mapped: Callable[[int, SitePlan], bool], pid: int) -> list[Site]:
         """Replaces what was written and met another mapping by what that has there: its file's bytes, or zeros in anonymous
         memory. What a program itself may have put there in the microsecond before our write cannot be known.
@@ -324,11 +332,11 @@ class AddressSpace:
                 return os.pread(self.fd, len(content), addr) == content
         return False
 
-    def _read_page(self, addr: int) -> bytes:
-        """Returns what is in a page; nothing where none is mapped."""
+    def read(self, addr: int, length: int) -> bytes:
+        """Returns what is at an address; nothing, or less, where that is not mapped."""
         for _ in range(_TRIES):
             with contextlib.suppress(OSError):
-                return os.pread(self.fd, _PAGE, addr)
+                return os.pread(self.fd, length, addr)
         return b""
 
     def put(self, addr: int, content: bytes) -> bool:
@@ -349,9 +357,10 @@ class AddressSpace:
             copy.awaiting = set(site.awaiting)
             page, at = divmod(site.addr, _PAGE)
             if page not in pages:
-                pages[page] = self._read_page(page * _PAGE)
+                pages[page] = self.read(page * _PAGE, _PAGE)
             there = pages[page][at : at + 1] == BREAKPOINT
             (self.sites if there else self.former)[site.addr] = copy
+        self.semaphores.inherit(parent.semaphores, self.sites)
         for addr, (site, slot) in parent.slots.items():
             if self.has(addr, slot.code):
                 self.slots[addr] = (self.sites.get(site.addr, site), slot)
@@ -365,6 +374,7 @@ class AddressSpace:
             with contextlib.suppress(OSError):
                 word = ptrace.peek(tid, site.addr)
                 if word.startswith(site.armed[: len(word)]):
+                    self.semaphores.purge_child(tid, site.addr)
                     ptrace.poke(tid, site.addr, site.original + word[1:])
         for addr, (_, slot) in self.slots.items():
             with contextlib.suppress(OSError):

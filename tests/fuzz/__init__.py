@@ -1,0 +1,1 @@
+"""Parsers of foreign bytes, fuzzed with coverage by atheris (libFuzzer): ``make fuzz``, and for seconds in ``make test``."""
