@@ -39,6 +39,7 @@ from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
 from trapline_agent.link import Link
 from trapline_agent.outbox import STAGE, Outbox
+from trapline_agent.policy import read_policy
 from trapline_agent.reconcile import Reconciler
 from trapline_agent.resolve import Resolver
 from trapline_agent.symbols.index import IndexCache
@@ -121,6 +122,7 @@ class Agent:
         """The process list as the service knows it; None: not at all yet."""
         self._ends: dict[int, asyncio.Future[int]] = {}
         """How the launched commands ended."""
+        self._policy = read_policy(settings.policy)
         self._symbols = IndexCache(directory=settings.state_dir / "symbols")
         self._debug = DebugFiles(settings.state_dir, settings.debuginfod_urls.split()).of
         self._names = Names(self._symbols, self._debug)
@@ -150,7 +152,7 @@ class Agent:
             symbols=self._symbols,
             max_keys=self._settings.aggregate_keys,
             debug=self._debug,
-            redact=redaction(self._settings.redact),
+            redact=redaction(self._policy.redact),
         )
         await self._tasks.__aenter__()
         self._reconciler = Reconciler(

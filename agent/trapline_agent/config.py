@@ -69,9 +69,9 @@ class AgentSettings(BaseSettings):
     debuginfod_urls: str = Field(default_factory=lambda: os.environ.get("DEBUGINFOD_URLS", ""))
     """URLs of debuginfod servers, separated by spaces, that are asked for debug information which this host lacks; what they
     send is kept in the state directory."""
-    redact: list[str] = Field(default_factory=list)
-    """Names that are never captured, as a JSON list of patterns: `["*password*", "struct secret"]`. What a parameter, a
-    variable, a field, a column or a type is called is compared, without regard to case; such a value is `redacted`."""
+    policy: Path | None = None
+    """File with this host's own rules; none: `/etc/trapline/policy.toml`, where there is one. An agent does not start with
+    one that it cannot read."""
     log_level: str = "INFO"
     """``DEBUG``, ``INFO``, ``WARNING`` or ``ERROR``."""
 

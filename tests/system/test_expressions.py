@@ -69,7 +69,7 @@ def _run(tmp_path: Path, probes: list[str], command: list[str]) -> str:
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": ":".join(sys.path),
             "TRAPLINE_STATE_DIR": str(tmp_path / "state"),
-            "TRAPLINE_AGENT_REDACT": os.environ.get("TRAPLINE_AGENT_REDACT", "[]"),
+            **{k: v for k, v in os.environ.items() if k == "TRAPLINE_AGENT_POLICY"},
         },
     )
     assert done.returncode == 0, done.stderr
@@ -438,7 +438,9 @@ def test_a_policy_hides_what_it_names(targets: Targets, tmp_path: Path) -> None:
 @needs.ptrace_any
 @needs.gcc
 def test_a_policy_holds_for_a_trace_too(targets: Targets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRAPLINE_AGENT_REDACT", '["token", "user"]')
+    policy = tmp_path / "policy.toml"
+    policy.write_text('redact = ["token", "user"]')
+    monkeypatch.setenv("TRAPLINE_AGENT_POLICY", str(policy))
     program = targets.build("orders", "-O2")
     found = _traced(tmp_path, [f"{program}:handle {{user, x=str(arg2), attempt}}"], [str(program), "2"])
     assert [(h.status, h.args["attempt"]) for h in found["e0"][:1]] == [({"user": "redacted", "x": "redacted"}, 1)]

@@ -53,6 +53,7 @@ from trapline_agent.capture.redaction import redaction
 from trapline_agent.config import AgentSettings
 from trapline_agent.debuginfo.files import DebugFiles
 from trapline_agent.keeper import TracerKeeper
+from trapline_agent.policy import read_policy
 from trapline_agent.reconcile import ProbeRun, Reconciler
 from trapline_agent.resolve import Resolver
 from trapline_agent.symbols.index import IndexCache
@@ -199,7 +200,9 @@ class Session:
         self._keeper = TracerKeeper(host_id=self._host, budgets=_budgets(options.overhead))
         self._probes: dict[str, Traced] = {}
         self._symbols = IndexCache(directory=state_dir() / "symbols")
-        self._debug = DebugFiles(state_dir(), os.environ.get("DEBUGINFOD_URLS", "").split()).of
+        host = settings_from(AgentSettings)
+        self._policy = read_policy(host.policy)
+        self._debug = DebugFiles(state_dir(), host.debuginfod_urls.split()).of
         self._names = Names(self._symbols, self._debug)
         self._over_budget: dict[tuple[str, int, int, int, int], str] = {}
         """The state of the targets that are over their budget."""
@@ -264,7 +267,6 @@ class Session:
     async def run(self) -> int:
         """Traces until the end; returns the exit status."""
         options = self._options
-        host = settings_from(AgentSettings)
         loop = asyncio.get_running_loop()
         for number in ENDS:
             loop.add_signal_handler(number, self._interrupt, number)
@@ -282,7 +284,7 @@ class Session:
                         tracer.ready.pid,
                         symbols=self._symbols,
                         debug=self._debug,
-                        redact=redaction(host.redact),
+                        redact=redaction(self._policy.redact),
                     )
                     await self._trace(resolver)
                 finally:
