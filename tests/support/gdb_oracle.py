@@ -117,7 +117,8 @@ def values(places):
         if place is None:
             break
         found.append(at(frame, place, base))
-    gdb.execute("kill", to_string=True)
+    if gdb.selected_inferior().pid:  # else it has ended: not all places are come by
+        gdb.execute("kill", to_string=True)
     return found
 
 

@@ -1,5 +1,12 @@
 // Types, variables and lines of Rust as debug information describes them; see shapes.c.
-use std::hint::black_box;
+
+/// std::hint::black_box, which Debian 12's rustc has not yet.
+#[inline(never)]
+fn black_box<T>(value: T) -> T {
+    let kept = unsafe { std::ptr::read_volatile(&value) };
+    std::mem::forget(value);
+    kept
+}
 
 pub struct Point {
     x: i32,

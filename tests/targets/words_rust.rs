@@ -1,5 +1,11 @@
 // Rust's strings, slices, structs and enums, as parameters.
-use std::hint::black_box;
+
+/// std::hint::black_box, which Debian 12's rustc has not yet.
+#[inline(never)]
+fn black_box<T>(value: T) {
+    unsafe { std::ptr::read_volatile(&std::mem::ManuallyDrop::new(std::ptr::read(&value))) };
+    std::mem::forget(value);
+}
 
 #[derive(Clone, Copy)]
 pub struct Point {

@@ -99,6 +99,8 @@ def test_values_are_gdbs(language: str, level: str, programs: Any) -> None:
         for name, (kind, data) in row["gdb"].items():
             if kind == "error":
                 continue
+            if name not in ours and kind == "optimised-out":
+                continue  # of a block whose first instruction went elsewhere: gdb has its name, and nothing more
             assert name in ours, (mark, name)
             if ours[name][0] == "unsupported":
                 continue
@@ -397,9 +399,9 @@ def test_strings_and_addresses_by_index(files: DebugFiles, tmp_path: Path) -> No
 @needs.rustc
 def test_generic_functions_by_their_plain_name(programs: Any) -> None:
     program: Program = programs("rust", "O2")
-    copies = program.info.inlined("black_box")
+    copies = program.info.inlined("map_or")
     assert copies
-    assert all(p.function.startswith("core::hint::black_box<") for p in copies)
+    assert all("::map_or<" in p.function for p in copies)
 
 
 @needs.go

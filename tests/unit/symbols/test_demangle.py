@@ -77,12 +77,13 @@ TEXTS = {
     "ns::operator->": 0,
 }
 RUST = """
+fn keep<T: Copy>(t: T) -> T { unsafe { std::ptr::read_volatile(&t) } }
 mod shapes {
     pub trait Area { fn area(&self) -> u64; }
     pub struct Square(pub u64);
-    impl Area for Square { #[inline(never)] fn area(&self) -> u64 { std::hint::black_box(self.0 * self.0) } }
-    impl Square { #[inline(never)] pub fn grow(&mut self, by: u64) { self.0 += std::hint::black_box(by) } }
-    #[inline(never)] pub fn twice<T: std::ops::Add<Output = T> + Copy>(t: T) -> T { std::hint::black_box(t) + t }
+    impl Area for Square { #[inline(never)] fn area(&self) -> u64 { super::keep(self.0 * self.0) } }
+    impl Square { #[inline(never)] pub fn grow(&mut self, by: u64) { self.0 += super::keep(by) } }
+    #[inline(never)] pub fn twice<T: std::ops::Add<Output = T> + Copy>(t: T) -> T { super::keep(t) + t }
 }
 use shapes::Area;
 fn main() {
