@@ -582,9 +582,3 @@ def test_what_regular_expressions_may_take_is_bounded(bench: Bench) -> None:
         Compiler(Site()).column(many)
     Compiler(Site()).column(r"matches(str(arg0, 4096), '^/(etc|usr)/.*[.]conf$')")
     Compiler(Site()).column("matches(str(arg0, 4096), '(GET|POST|PUT) /api/v[0-9]+/(users|orders)/[a-z0-9-]{36}')")
-
-
-def test_stacks_are_not_aggregated_yet() -> None:
-    for text in ("ustack()", "caller"):
-        with pytest.raises(Unsupported, match="by a stack"):
-            compiled([Capture(text=text, name=text)], "", Site(), aggregate=True)
