@@ -120,3 +120,14 @@ def test_what_is_malformed_is_named() -> None:
     ):
         with pytest.raises(ProtocolError, match=says):
             hits.decode(frame)
+
+
+def test_a_column_that_is_named_as_a_status_is_one() -> None:
+    """The fuzzer's: a text called ``?`` has no status of its own."""
+    columns = [*hits.schema([]), hits.Column("?", "str")]
+    header = Header(
+        host="h", probe="p", source="s", seq=0, count=1, t0=0, t1=0, clock_offset=0, columns=columns, strings=[b"x"]
+    )
+    rows = np.zeros(1, hits.row_dtype(columns))
+    with pytest.raises(ProtocolError, match="named as a status"):
+        hits.decode(HitBatch(header, {c.name: rows[c.name] for c in columns}).encode())

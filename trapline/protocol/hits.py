@@ -259,6 +259,8 @@ def peek(frame: bytes | memoryview) -> tuple[Header, int]:
     for c in header.columns:
         if c.type not in _DTYPES:
             raise ProtocolError(f"hit batch column {c.name} has unknown type {c.type}")
+        if c.name.endswith(STATUS_SUFFIX) and c.type != "u8":
+            raise ProtocolError(f"hit batch column {c.name} is named as a status, and is {c.type}")
         if not c.name.endswith(STATUS_SUFFIX) and (c.name, c.type) not in FIXED and c.name + STATUS_SUFFIX not in names:
             raise ProtocolError(f"hit batch column {c.name} has no status column")
         raw = _DTYPES[c.type].itemsize * header.count
